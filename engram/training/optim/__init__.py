@@ -28,13 +28,14 @@ MatrixOptimizer = Literal["adamw", "muon"]
 class OptimConfig:
     """Optimiser settings of a run.
 
-    `lr` is the peak of everything but tables, which get `lr * table_lr_factor`. `weight_decay` goes to matrices and
-    embeddings alone. `clip` bounds the global gradient norm (0: no bound). `table_schedule` None: the tables follow
-    `schedule`.
+    `lr` is the peak of everything but tables, which get `lr * table_lr_factor`; Muon's is scaled to Adam's update size,
+    so both matrix optimisers read it alike, but Muon stands two to three times more of it. `weight_decay` goes to
+    matrices and embeddings alone. `clip` bounds the global gradient norm (0: no bound). `table_schedule` None: the
+    tables follow `schedule`.
     """
 
     lr: float = 3e-3
-    matrix_optimizer: MatrixOptimizer = "adamw"
+    matrix_optimizer: MatrixOptimizer = "muon"
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
