@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from engram.config import ConfigError
 
@@ -51,10 +53,23 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _unwind_when_ended() -> None:
+    """Let a polite kill or a closed terminal unwind as Ctrl-C does, so that the sweep stops the runs it started."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # what nohup chose stays
+            signal.signal(number, leave)
+
+
 def _run(args: argparse.Namespace) -> int:
     from engram.sweep.launch import LocalExecutor, run_sweep
     from engram.sweep.plan import SweepPlan
 
+    _unwind_when_ended()
     plan = SweepPlan.load(args.plan)
     workers = plan.workers if args.workers is None else args.workers
     failures = run_sweep(plan, LocalExecutor(workers, plan.threads))

@@ -178,6 +178,16 @@ class MemoryConfig:
             require(getattr(self, name) >= 1, f"memory.{name}", getattr(self, name), "1 or more")
         for name in ("conv_kernel", "conv_dilation", "pad_id", "eos_id", "seed", "d_model", "vocab_size", "branches"):
             require(getattr(self, name) >= 0, f"memory.{name}", getattr(self, name), "0 or more")
+        if self.vocab_size:
+            for name in ("pad_id", "eos_id"):
+                value = getattr(self, name)
+                require(value < self.vocab_size, f"memory.{name}", value, f"an id below vocab_size ({self.vocab_size})")
+        require(
+            not (self.hash == "qwen" and self.compress),
+            "memory.compress",
+            self.compress,
+            "false with hash qwen, which hashes raw ids",
+        )
         require(self.norm_eps > 0, "memory.norm_eps", self.norm_eps, "above 0")
         require(
             self.kind != "additive_bigram" or self.d_model in (0, self.d_memory),
@@ -249,9 +259,6 @@ class ModelConfig:
                 self.memory.layers,
                 f"block indices below n_layers ({self.n_layers})",
             )
-            for name in ("pad_id", "eos_id"):
-                value = getattr(self.memory, name)
-                require(value < self.vocab_size, f"memory.{name}", value, f"an id below {self.vocab_size}")
 
     def _adopt(self, part: str, **sizes: int) -> None:
         """Give a part the model's sizes; a part that was made for other sizes is refused."""

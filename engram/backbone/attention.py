@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from engram.backbone.norm import RMSNorm, widen
+from engram.backbone.norm import RMSNorm
 from engram.backbone.rope import rotate, rotations
 from engram.config import GQAConfig, MLAConfig
+from engram.tensors import widen
 
 
 class Positions(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.backbone.norm import widen
+from engram.tensors import widen
 
 _CHUNK_LOGITS_CPU = 2**20  # 4 MiB of float32
 _CHUNK_LOGITS = 2**26  # 256 MiB: a GPU wants few and large products

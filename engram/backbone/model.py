@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from engram.backbone.attention import positions_of
 from engram.backbone.block import Block
 from engram.backbone.norm import RMSNorm
-from engram.config import ModelConfig, require
+from engram.config import ModelConfig
 from engram.experts import MoE, RoutingStats, SwiGLU
 from engram.memory import AdditiveBigram, Engram, build_memory
+from engram.tensors import require_ids
 
 
 @dataclass
@@ -97,16 +98,14 @@ class EngramLM(nn.Module):
         """Logits `[B, T, V]` of the next token for ids `[B, T]`.
 
         Where `document_ids` `[B, T]` change a new document starts, which sees nothing of the one before: not by
-        attention, not by N-grams, not by convolution. None makes each row one document. Raises `ConfigError` for an id
-        outside the vocabulary.
+        attention, not by N-grams, not by convolution; an id must not come back after another one in a row. None makes
+        each row one document. Raises `ConfigError` for a token id outside the vocabulary (on the CPU, in eager mode).
         """
         return F.linear(self.run(token_ids, document_ids).hidden, self.head_weight)
 
     def run(self, token_ids: Tensor, document_ids: Tensor | None = None) -> ModelOutput:
         """As `forward`, up to the head, with what routers and gates did."""
-        # Elsewhere the look at the values would make the host wait for the device.
-        if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_ids(token_ids)
+        require_ids(token_ids, self.config.vocab_size)
         positions = positions_of(token_ids, document_ids, self.config.attention)
         h = self.embed(token_ids)
         if self.input_memory is not None:
@@ -128,8 +127,3 @@ class EngramLM(nn.Module):
         if self.config.branches > 1:
             h = h.mean(2)
         return ModelOutput(self.norm(h), routing, gates)
-
-    def _check_ids(self, token_ids: Tensor) -> None:
-        low, high = (int(bound) for bound in token_ids.aminmax())
-        V = self.config.vocab_size
-        require(low >= 0 and high < V, "token id", low if low < 0 else high, f"0 to {V - 1} (vocab_size {V})")

@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def widen(x: Tensor) -> Tensor:
-    """`x` in float32, or float64 if it is that: the types in which norms, angles and softmaxes are computed."""
-    return x if x.dtype == torch.float64 else x.float()
+from engram.tensors import widen
 
 
 class RMSNorm(nn.RMSNorm):

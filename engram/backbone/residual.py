@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from engram.backbone.norm import RMSNorm, widen
+from engram.backbone.norm import RMSNorm
+from engram.tensors import widen
 
 _SINKHORN_STEPS = 20
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engram.backbone.norm import widen
+from engram.tensors import widen
 
 
 def rotations(T: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

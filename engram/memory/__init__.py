@@ -35,7 +35,8 @@ __all__ = [
 class MemoryModules(NamedTuple):
     """The memories of a model: at most one on the token embedding, and those before the attention of blocks.
 
-    Each is called with `(hidden, token_ids, document_ids=None, padding_mask=None)` and returns an update of `hidden`.
+    Each is called with `(hidden, token_ids, document_ids=None, padding_mask=None)` and returns an update of `hidden`;
+    `init_state` and `step` are the same for decoding.
     """
 
     at_input: nn.Module | None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engram.config import require
+from engram.tensors import require_ids
 
 _WHITE_RUN = re.compile(r"[ \t\r\n]+")
 _REPLACEMENT = "\ufffd"
@@ -68,10 +69,7 @@ class TokenCompressor:
     def __call__(self, ids: Tensor) -> Tensor:
         """Canonical ids of the same shape as `ids`. Raises `ConfigError` for an id outside the vocabulary."""
         ids = ids.long()  # indexing takes neither uint16 ids nor, for what they say, uint8 ones
-        if ids.numel():
-            low, high = (int(end) for end in ids.aminmax())
-            bad = low if low < 0 else high
-            require(low >= 0 and high < len(self.lookup), "token id", bad, f"0 to {len(self.lookup) - 1}")
+        require_ids(ids, len(self.lookup))
         return self.lookup.to(ids.device)[ids]
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engram.config import GateKind, MemoryConfig
 from engram.memory.hashing import NO_DOCUMENT
+from engram.tensors import widen
 
 
 def signed_sqrt(g: Tensor) -> Tensor:
@@ -29,11 +30,6 @@ def identity(g: Tensor) -> Tensor:
 SQUASHES: dict[GateKind, Callable[[Tensor], Tensor]] = {"signed_sqrt": signed_sqrt, "plain": identity}
 
 
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last axis, which is kept with size 1."""
     # The sum and one division, since the backward of a mean divides a tensor as large as x.
@@ -45,7 +41,7 @@ def rms_normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     `weight` may have leading axes (one norm for each branch).
     """
-    wide = widened(x)
+    wide = widen(x)
     return (wide * inverse_rms(wide, eps) * weight).type_as(x)
 
 
@@ -61,9 +57,9 @@ class Gate(nn.Module):
 
     def forward(self, hidden_BTMD: Tensor, key_BTMD: Tensor) -> Tensor:
         """Hidden states and keys `[B, T, M, D]` -> gates in [0, 1], `[B, T, M]`, float32 or wider."""
-        h, k = widened(hidden_BTMD), widened(key_BTMD)
+        h, k = widen(hidden_BTMD), widen(key_BTMD)
         # The scales of the two norms are numbers for each vector, so they and the weights are multiplied once.
-        dot = (h * k * (widened(self.query_norm) * widened(self.key_norm))).sum(-1, keepdim=True)
+        dot = (h * k * (widen(self.query_norm) * widen(self.key_norm))).sum(-1, keepdim=True)
         g = dot * inverse_rms(h, self.eps) * inverse_rms(k, self.eps) / math.sqrt(h.shape[-1])
         return torch.sigmoid(self.squash(g.squeeze(-1)))
 

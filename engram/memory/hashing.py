@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engram.config import MemoryConfig, require
 from engram.memory.primes import next_primes
+from engram.tensors import require_ids
 
 _INT64_MAX = 2**63 - 1
 _UINT64 = 2**64 - 1
@@ -91,7 +92,7 @@ class NgramHasher(nn.Module):
 
     Raises:
         ConfigError: no rows, no canonical ids, a pad or eos id that is none of them; when called, a layer that is not
-            in `config.layers`.
+            in `config.layers`, or (on the CPU, in eager mode) an id that is not canonical.
     """
 
     moduli: Tensor
@@ -103,6 +104,7 @@ class NgramHasher(nn.Module):
         super().__init__()
         require(config.present, "memory.rows", config.rows, "1 or more for each order, to hash into")
         require(n_canonical >= 1, "n_canonical", n_canonical, "1 or more")
+        self.n_canonical = n_canonical
         self.orders = config.orders
         self.n_heads = config.n_heads
         self.context = config.orders[-1] - 1
@@ -159,10 +161,11 @@ class NgramHasher(nn.Module):
         Without document ids the new tokens all belong to document 0.
         """
         require(layer in self.layers, "layer", layer, f"one of memory.layers {self.layers}")
-        T = ids_BT.shape[1]
+        T, ids_BT = ids_BT.shape[1], ids_BT.long()
+        require_ids(ids_BT, self.n_canonical)
         if document_ids_BT is None:
             document_ids_BT = torch.zeros_like(ids_BT)
-        ids = torch.cat([state.ids, ids_BT.long()], dim=1)
+        ids = torch.cat([state.ids, ids_BT], dim=1)
         documents = torch.cat([state.documents, document_ids_BT.long()], dim=1)
         # Copies: views would keep the ids of a whole prompt alive.
         following = HashState(ids[:, T:].clone(), documents[:, T:].clone())

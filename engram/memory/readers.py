@@ -1,7 +1,7 @@
 """Which rows a layer reads for its tokens: by the suffix N-grams, or, for two controls, by nothing informative.
 
 A reader sees token ids, positions and documents, never hidden states, so its rows can be fetched ahead of time. The
-controls keep every parameter and FLOP and take the information away (deepseek-ai/Engram issue 24 asks for them).
+controls keep every parameter and FLOP and take the information away (deepseek-ai/Engram issue 24 raises the first).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engram.config import MemoryConfig, MemoryKind, require
 from engram.memory.hashing import NO_DOCUMENT, HashState, NgramHasher, deepseek_multipliers
+from engram.tensors import require_ids
 
 
 def documents_of(token_ids: Tensor, document_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor | None:
@@ -30,13 +31,15 @@ class RowReader(nn.Module):
         lookup: raw id -> canonical id, int64 `[V]`; ids are hashed raw if None or if the config says `compress: false`.
 
     Raises:
-        ConfigError: a layer that is not in `config.layers`, a lookup of another length than `vocab_size`.
+        ConfigError: a `vocab_size` that is not set, a layer that is not in `config.layers`, a lookup of another length
+            than `vocab_size`; when called (on the CPU, in eager mode), a token id outside the vocabulary.
     """
 
     lookup: Tensor | None
 
     def __init__(self, config: MemoryConfig, layer: int, lookup: Tensor | None = None) -> None:
         super().__init__()
+        require(config.vocab_size >= 1, "memory.vocab_size", config.vocab_size, "1 or more to build a layer")
         require(layer in config.layers, "layer", layer, f"one of memory.layers {config.layers}")
         lookup = lookup if config.compress else None
         if lookup is not None:
@@ -64,8 +67,10 @@ class RowReader(nn.Module):
 
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:
         """Rows `[B, T, H]` of T new tokens that follow `state`, and the state after them."""
-        ids = token_ids if self.lookup is None else self.lookup[token_ids]
-        return self.hasher.step(ids, self.layer, state, document_ids)
+        if self.lookup is None:
+            return self.hasher.step(token_ids, self.layer, state, document_ids)
+        require_ids(token_ids, len(self.lookup))
+        return self.hasher.step(self.lookup[token_ids], self.layer, state, document_ids)
 
 
 class FirstRowReader(RowReader):

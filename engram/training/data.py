@@ -34,8 +34,8 @@ class TokenData(lightning.LightningDataModule):
     """Training and validation batches; makes the token files at first use and finds them in the cache later.
 
     A batch holds int64 [B, T] tensors: `tokens`, `targets` (the next token, across document boundaries too: the
-    first token of a document is predicted from the end-of-text token before it) and `document_ids` (how many
-    documents ended in the window before the token). Validation batches also hold `domains` (number of the target's
+    first token of a document is predicted from the end-of-text token before it) and `document_ids` (the number of the
+    token's document in its split). Validation batches also hold `domains` (number of the target's
     domain) and `target_bytes` (bytes of text of the target, 0 for the end of text).
 
     A checkpoint keeps `step`, the number of batches trained on so far, and training goes on from there.
@@ -150,8 +150,8 @@ class TokenData(lightning.LightningDataModule):
     def _batch(self, file: TokenFile, windows: NDArray[np.int64]) -> Batch:
         positions = windows[:, None] * self.config.seq_len + np.arange(self.config.seq_len + 1)
         ids = file.tokens[positions].astype(np.int64)
-        ended = ids[:, :-1] == self.eos_id
-        batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "document_ids": np.cumsum(ended, axis=1) - ended}
+        documents = file.document_at(positions[:, :-1])
+        batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "document_ids": documents}
         if file.n_bytes is not None:
             batch["domains"] = file.domain_at(positions[:, 1:])
             batch["target_bytes"] = file.n_bytes[positions[:, 1:]].astype(np.int64)

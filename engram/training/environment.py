@@ -1,9 +1,10 @@
-"""Process settings that make training on the CPU faster; they change no result."""
+"""Process settings: those that make training on the CPU faster, and whom a run outlives. They change no result."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 
 import torch
@@ -13,17 +14,33 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MALLOC = {_M_MMAP_THRESHOLD: 2**30, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 2**28}
 
 
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_PARENT = "ENGRAM_PARENT"
+
+
 def training_environment(threads: int) -> dict[str, str]:
-    """The environment for a training process that may use `threads` cores."""
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    """The environment for a training process of this one that may use `threads` cores and ends when this one does."""
+    own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", _PARENT: str(os.getpid())}
+    return {**os.environ, **own}
 
 
 def prepare_process(threads: int | None = None) -> None:
     """Settings of this process, before it computes anything; `threads` cores if given, else torch's choice."""
+    end_with_parent()
     torch.set_flush_denormal(True)  # arithmetic on denormals is 10x and more slower
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def end_with_parent() -> None:
+    """End when the process that started this one ends, killed or not: else its successor would train the same points
+    beside us. Only where `training_environment` asks for it, and only on Linux, which can."""
+    parent = os.environ.get(_PARENT)
+    if parent is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(parent):  # it was gone before we asked
+            raise SystemExit(128 + signal.SIGTERM)
 
 
 def keep_freed_memory() -> None:

@@ -48,9 +48,13 @@ class TokenFile:
         lengths = np.memmap(folder / f"{split}.bytes.bin", np.uint16, "r") if split == "validation" else None
         return cls(tokens, np.load(folder / f"{split}.starts.npy"), np.load(folder / f"{split}.domains.npy"), lengths)
 
+    def document_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the document of the token at each position, same shape."""
+        return np.searchsorted(self.starts, positions, side="right") - 1
+
     def domain_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of the domain of the token at each position, same shape."""
-        return self.domains[np.searchsorted(self.starts, positions, side="right") - 1].astype(np.int64)
+        return self.domains[self.document_at(positions)].astype(np.int64)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -135,6 +135,35 @@ def test_an_interrupt_stops_what_runs_and_keeps_what_is_finished(tmp_path: Path)
     assert (first.folder / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")),
+    ],
+)
+def test_a_killed_sweep_takes_its_runs_with_it(tmp_path: Path, how: signal.Signals) -> None:
+    plan, path = plan_at(tmp_path, tokens=10**8)
+    process = subprocess.Popen([sys.executable, "-m", "engram.cli", "sweep", "run", str(path)], start_new_session=True)
+    log = plan.points()[0].folder / "log.txt"
+    deadline = time.monotonic() + 100
+    while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(how)
+    assert process.wait(60) == (-how if how == signal.SIGKILL else 128 + how)
+    while _anything_left_of(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _anything_left_of(process)
+
+
+def _anything_left_of(session: subprocess.Popen[bytes]) -> bool:
+    try:
+        os.killpg(session.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepPlan, Path]:
     """A sweep trained through the command, one of its points killed on the way and the sweep run again."""

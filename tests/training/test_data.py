@@ -69,14 +69,25 @@ def test_an_epoch_meets_every_window_once(data: TokenData, folder: Path) -> None
     assert sorted(map(tuple, firsts.tolist())) == sorted(map(tuple, stream[: n * T].reshape(n, T).tolist()))
 
 
-def test_document_ids_count_the_documents_that_ended_before(data: TokenData) -> None:
-    seen = 0
+def test_document_ids_number_the_documents_of_the_whole_split(data: TokenData) -> None:
+    stream = TokenFile.open(data.folder, "validation").tokens
+    number = np.cumsum(np.concatenate([[False], stream == data.eos_id]))  # ends of text before each token
+    at = 0
+    for batch in data.val_dataloader():
+        for documents in batch["document_ids"].numpy():
+            assert documents.tolist() == number[at : at + T].tolist()
+            at += T
+    assert number[at - 1] > 1
+
+
+def test_training_windows_start_a_document_after_each_end_of_text(data: TokenData) -> None:
+    numbers: set[int] = set()
     for step in range(6):
         batch = data.train_batch(step)
         for tokens, documents in zip(batch["tokens"].tolist(), batch["document_ids"].tolist(), strict=True):
-            assert documents == [tokens[:t].count(data.eos_id) for t in range(T)]
-            seen = max(seen, documents[-1])
-    assert seen >= 1
+            assert [d - documents[0] for d in documents] == [tokens[:t].count(data.eos_id) for t in range(T)]
+            numbers.update(documents)
+    assert len(numbers) > 6
 
 
 def test_the_order_depends_on_seed_and_step_alone(data: TokenData, folder: Path) -> None:
