@@ -6,6 +6,7 @@ goes on at its last checkpoint. `Executor` is all that a cluster launcher has to
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,16 +15,18 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 import yaml
 
+from engram.config import ConfigError, require
 from engram.sweep.plan import Point, SweepPlan
 from engram.sweep.progress import Display, make_display
 from engram.training.atomic import atomic_file
 from engram.training.data import TokenData
 from engram.training.environment import training_environment
+from engram.training.main import EXIT_BAD_SETTING, EXIT_NON_FINITE
 from engram.training.recorder import PROGRESS, RESULT
 
 _POLL_SECONDS = 0.5
@@ -78,6 +81,7 @@ class LocalExecutor:
     """Processes on this machine: one for each GPU, or as many as its cores allow."""
 
     def __init__(self, workers: int, threads: int) -> None:
+        require(workers >= 0, "workers", workers, "1 or more (0: what this machine allows)")
         self.threads = threads
         self.gpus = torch.cuda.device_count()
         self.workers = workers or self.gpus or max(1, usable_cores() // threads)
@@ -126,9 +130,25 @@ def is_finished(point: Point) -> bool:
     return (point.folder / RESULT).exists()
 
 
+def read_result(point: Point) -> dict[str, Any]:
+    """What a finished point's run recorded."""
+    return dict(json.loads((point.folder / RESULT).read_text(encoding="utf-8")))
+
+
+def require_corpus(points: Sequence[Point], corpus_hash: str) -> None:
+    """Raise `ConfigError` for a finished point of another corpus, whose losses cannot be compared."""
+    for point in points:
+        own = read_result(point)["data"]["corpus_hash"]
+        if own != corpus_hash:
+            raise ConfigError(
+                f"finished point {str(point.folder)!r} was trained on corpus {own[:12]}, the others on "
+                f"{corpus_hash[:12]}: give the plan another output, or delete the folders of the points to train again"
+            )
+
+
 @dataclass
 class Failure:
-    """A point that died more often than the plan retries, and the end of what it printed."""
+    """A point that died more often than the plan retries, or of its settings, and the end of what it printed."""
 
     point: Point
     code: int
@@ -139,14 +159,16 @@ def run_sweep(plan: SweepPlan, executor: Executor | None = None, display: Displa
     """Train all points that are not finished; returns those that failed for good.
 
     An interrupt (Ctrl-C) stops the running points; finished ones stay, and the next call goes on where they were.
+    Raises `ConfigError` if finished points were trained on another corpus.
     """
     points = plan.points()
     executor = executor or LocalExecutor(plan.workers, plan.threads)
     display = display or make_display()
     waiting = [p for p in points if not is_finished(p)]
     if waiting:
-        # Made once here, so that the points find it in the cache.
-        print(f"data: {TokenData(plan.data).folder}")
+        data = TokenData(plan.data)
+        print(f"data: {data.folder}")  # made once here, so that the points find it in the cache
+        require_corpus([p for p in points if is_finished(p)], data.corpus_hash)
     return _Supervisor(executor, display, plan.retries).run(points, waiting)
 
 
@@ -191,7 +213,8 @@ class _Supervisor:
                 self.display.finished(point.name)
                 continue
             self.deaths[point.name] = self.deaths.get(point.name, 0) + 1
-            if self.deaths[point.name] <= self.retries:
+            hopeless = code in (EXIT_BAD_SETTING, EXIT_NON_FINITE)  # it would end there again
+            if self.deaths[point.name] <= self.retries and not hopeless:
                 self.display.note(f"{point.name} ended with code {code}: started again")
                 waiting.insert(0, point)
             else:

@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engram.budget import ParameterBudget
-from engram.config import ConfigError, ModelConfig, build_config, load_yaml, require
+from engram.config import ConfigError, ModelConfig, build_config, load_yaml, require, require_one_of
 from engram.training.optim import OptimConfig
 from engram.training.prepare import DataConfig
 
 MAIN_VARIANT = "engram"
+Precision = Literal["bf16-mixed", "16-mixed", "32-true", "bf16-true", "64-true"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class SweepPlan:
     optim: OptimConfig = field(default_factory=OptimConfig)
     variants: dict[str, Variant] = field(default_factory=dict)
     evaluations: int = 4
-    precision: str = "bf16-mixed"
+    precision: Precision = "bf16-mixed"
     workers: int = 0
     threads: int = 1
     retries: int = 1
@@ -67,6 +68,7 @@ class SweepPlan:
         _check_points("", self.rho, self.seeds)
         require(len(self.rho) > 0, "rho", self.rho, "one value or more")
         require(len(self.seeds) > 0, "seeds", self.seeds, "one seed or more")
+        require_one_of("precision", self.precision, Precision)
         require(MAIN_VARIANT not in self.variants, "variants", MAIN_VARIANT, "any name but that of the main curve")
         for name, variant in self.variants.items():
             _check_points(f"variants.{name}.", variant.rho, variant.seeds)
@@ -110,6 +112,8 @@ class SweepPlan:
         require(
             config.vocab_size == self.data.vocab_size, "data.vocab_size", self.data.vocab_size, str(config.vocab_size)
         )
+        longest = f"at most the model's max_seq_len ({config.max_seq_len})"
+        require(self.data.seq_len <= config.max_seq_len, "data.seq_len", self.data.seq_len, longest)
         return config
 
     def points(self) -> list[Point]:
@@ -198,6 +202,8 @@ def _named_split(base: ModelConfig, rho: float, plan: SweepPlan, variant: str) -
 def _check_points(where: str, rho: tuple[float, ...], seeds: tuple[int, ...]) -> None:
     for value in rho:
         require(0 <= value <= 1, f"{where}rho", value, "0 to 1")
+    for seed in seeds:
+        require(seed >= 0, f"{where}seeds", seed, "0 or more")
     for name, values in (("rho", rho), ("seeds", seeds)):
         require(len(set(values)) == len(values), f"{where}{name}", values, "values that differ from each other")
 

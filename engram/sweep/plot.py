@@ -30,7 +30,8 @@ def draw(rows: Sequence[Row], curve: Curve, fitted: Fit, title: str) -> Any:
     variants = sorted({r.variant for r in rows} - {MAIN_VARIANT})
     figure = plt.figure(figsize=(12, 5.4), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.5, 1))
-    _draw_curve(figure.add_subplot(grid[:, 0]), rows, curve, fitted, title)
+    figure.suptitle(f"{title}. {_summary(fitted)}", fontsize=11, x=0.01, ha="left")
+    _draw_curve(figure.add_subplot(grid[:, 0]), curve, fitted)
     if variants:
         _draw_tokens(figure.add_subplot(grid[0, 1]), rows)
         _draw_variants(figure.add_subplot(grid[1, 1]), rows, variants)
@@ -39,7 +40,15 @@ def draw(rows: Sequence[Row], curve: Curve, fitted: Fit, title: str) -> Any:
     return figure
 
 
-def _draw_curve(axes: Any, rows: Sequence[Row], curve: Curve, fitted: Fit, title: str) -> None:
+def _summary(fitted: Fit) -> str:
+    parts = [
+        f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}] below all {end}"
+        for end, gain in (("experts", fitted.gain_all_experts), ("memory", fitted.gain_all_memory))
+    ]
+    return f"Verdict: {fitted.verdict}\nLeast loss, in nats: {', '.join(parts)}"
+
+
+def _draw_curve(axes: Any, curve: Curve, fitted: Fit) -> None:
     best = fitted.best_smooth
     axes.axvspan(best.low, best.high, color=_ORANGE, alpha=0.12, lw=0, label="95 % interval of ρ*")  # noqa: RUF001
     axes.axvline(best.value, color=_ORANGE, lw=1, ls=":")
@@ -59,7 +68,6 @@ def _draw_curve(axes: Any, rows: Sequence[Row], curve: Curve, fitted: Fit, title
     axes.errorbar(curve.rho, curve.means, spread, fmt="o", color=_BLUE, ms=6, capsize=3, label=label, zorder=3)
     axes.set_xlabel(_AXIS)
     axes.set_ylabel("validation loss, nats per token")
-    axes.set_title(title, fontsize=11, loc="left")
     for name, rho, side in (("all memory", curve.rho[0], "left"), ("all experts", curve.rho[-1], "right")):
         axes.annotate(
             name,
@@ -71,15 +79,8 @@ def _draw_curve(axes: Any, rows: Sequence[Row], curve: Curve, fitted: Fit, title
             color=_GREY,
             fontsize=9,
         )
-    gains = (
-        f"below all experts: {fitted.gain_all_experts.value:.4f} "
-        f"[{fitted.gain_all_experts.low:.4f}, {fitted.gain_all_experts.high:.4f}]\n"
-        f"below all memory: {fitted.gain_all_memory.value:.4f} "
-        f"[{fitted.gain_all_memory.low:.4f}, {fitted.gain_all_memory.high:.4f}]\n"
-        f"verdict: {fitted.verdict}"
-    )
-    axes.text(0.03, 0.97, gains, transform=axes.transAxes, va="top", fontsize=9, family="monospace")
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.02, 0.82))
+    # Above the axes, as a U leaves no corner free.
+    axes.legend(frameon=False, fontsize=9, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))
     axes.grid(alpha=0.25)
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from engram.sweep.fit import Curve
-from engram.sweep.launch import is_finished
+from engram.sweep.launch import is_finished, read_result, require_corpus
 from engram.sweep.plan import MAIN_VARIANT, SweepPlan
 from engram.training.atomic import atomic_file
-from engram.training.recorder import RESULT
 
 _EMPTY = float("nan")
 
@@ -49,12 +47,11 @@ class Row:
 
 
 def collect(plan: SweepPlan) -> list[Row]:
-    """Rows of all finished points of a plan."""
-    rows: list[Row] = []
-    for point in plan.points():
-        if is_finished(point):
-            result = json.loads((point.folder / RESULT).read_text(encoding="utf-8"))
-            rows += _rows_of(point.variant, point.rho, point.seed, point.name, result)
+    """Rows of all finished points of a plan. Raises `ConfigError` if they were trained on more than one corpus."""
+    points = [point for point in plan.points() if is_finished(point)]
+    rows = [row for p in points for row in _rows_of(p.variant, p.rho, p.seed, p.name, read_result(p))]
+    if rows:
+        require_corpus(points, rows[0].corpus_hash)
     return rows
 
 

@@ -31,7 +31,8 @@ _LEGAL_COMMENT = re.compile(r"licen[cs]e|copyright", re.IGNORECASE)
 _TOP_COMMENT = re.compile(r"(?:#[^\n]*\n)+")
 _MANY_BLANK_LINES = re.compile(r"\n{4,}")
 _DATA_LINE = re.compile(r"""\s*(?:[\d"'\[({\\)\]}]|[a-z]{1,2}["']|-\d)""")
-_DEVELOPED_HERE = {"engram"}
+# This project and its installed description: a corpus must not change with our own README.
+_DEVELOPED_HERE = re.compile(r"engram(_moe-.*\.dist-info)?")
 
 
 class Document(NamedTuple):
@@ -121,7 +122,7 @@ def _scan(roots: Iterable[Path]) -> Iterator[SourceFile]:
         for path in _walk(root):
             top = path.relative_to(root).parts[0].removesuffix(".py")
             package = packages.get(top, top)
-            if package in _DEVELOPED_HERE or not _holds_documents(path):
+            if _DEVELOPED_HERE.fullmatch(package) or not _holds_documents(path):
                 continue
             content = path.read_bytes()
             if MIN_BYTES <= len(content) <= MAX_BYTES:

@@ -15,9 +15,12 @@ import pytest
 import yaml
 
 from engram.cli import main
+from engram.config import ConfigError
 from engram.sweep.launch import LocalJob, run_sweep
 from engram.sweep.plan import Point, SweepPlan
 from engram.sweep.progress import LineDisplay
+from engram.training.data import TokenData
+from engram.training.main import EXIT_BAD_SETTING, EXIT_NON_FINITE
 
 PLAN = {
     "name": "test",
@@ -69,13 +72,19 @@ class ScriptExecutor:
 
     def start(self, point: Point, slot: int) -> LocalJob:
         self.started.append(point.name)
-        environment = {**os.environ, "FOLDER": str(point.folder), "RHO": str(point.rho)}
+        environment = {**os.environ, "RHO": str(point.rho), "RESULT": result_of(point.plan)}
+        environment["FOLDER"] = str(point.folder)
         log = (point.folder / "log.txt").open("ab")
         command = [sys.executable, "-c", self.script]
         return LocalJob(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment), log)
 
 
-FINISH = "import os; open(os.environ['FOLDER'] + '/result.json', 'w').write('{}')"
+def result_of(plan: SweepPlan) -> str:
+    """What a run on the plan's data records of it."""
+    return json.dumps({"data": {"corpus_hash": TokenData(plan.data).corpus_hash}})
+
+
+FINISH = "import os; open(os.environ['FOLDER'] + '/result.json', 'w').write(os.environ['RESULT'])"
 DIE_ONCE = (
     "import os, sys; f = os.environ['FOLDER'] + '/tried'\n"
     "if os.environ['RHO'] == '0.5' and not os.path.exists(f): open(f, 'w'); sys.exit(7)\n" + FINISH
@@ -87,12 +96,13 @@ def test_finished_points_are_skipped(tmp_path: Path) -> None:
     plan, _ = plan_at(tmp_path)
     done = plan.points()[1]
     done.folder.mkdir(parents=True)
-    (done.folder / "result.json").write_text('{"kept": true}')
+    kept = result_of(plan) + "\n"
+    (done.folder / "result.json").write_text(kept)
     executor = ScriptExecutor(FINISH)
     assert run_sweep(plan, executor, LineDisplay()) == []
     assert len(executor.started) == len(plan.points()) - 1
     assert done.name not in executor.started
-    assert (done.folder / "result.json").read_text() == '{"kept": true}'
+    assert (done.folder / "result.json").read_text() == kept
     again = ScriptExecutor(FINISH)
     assert run_sweep(plan, again, LineDisplay()) == []
     assert again.started == []
@@ -113,6 +123,30 @@ def test_a_point_that_keeps_dying_is_reported_and_the_others_finish(tmp_path: Pa
     assert [(f.point.rho, f.code, f.tail.splitlines()[-1]) for f in failures] == [(0.5, 7, "out of luck")] * 3
     assert all((p.folder / "result.json").exists() for p in plan.points() if p.rho != 0.5)
     assert all(executor.started.count(f.point.name) == 3 for f in failures)
+
+
+@pytest.mark.parametrize("code", [EXIT_BAD_SETTING, EXIT_NON_FINITE])
+def test_a_point_that_would_die_again_is_not_tried_again(tmp_path: Path, code: int) -> None:
+    plan, _ = plan_at(tmp_path)
+    executor = ScriptExecutor(f"import sys; sys.exit({code})")
+    assert [f.code for f in run_sweep(plan, executor, LineDisplay())] == [code] * len(plan.points())
+    assert len(executor.started) == len(plan.points())
+
+
+def test_points_of_another_corpus_are_not_mixed_in(tmp_path: Path) -> None:
+    plan, _ = plan_at(tmp_path)
+    assert run_sweep(plan, ScriptExecutor(FINISH), LineDisplay()) == []
+    first, second = plan.points()[:2]
+    (first.folder / "result.json").write_text(json.dumps({"data": {"corpus_hash": "another"}}))
+    (second.folder / "result.json").unlink()
+    with pytest.raises(ConfigError, match=f"{first.name}.*corpus another.*output"):
+        run_sweep(plan, ScriptExecutor(FINISH), LineDisplay())
+
+
+def test_fewer_workers_than_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, path = plan_at(tmp_path)
+    assert main(["sweep", "run", str(path), "--workers", "-2"]) == 2
+    assert "workers is -2" in capsys.readouterr().err
 
 
 def test_an_interrupt_stops_what_runs_and_keeps_what_is_finished(tmp_path: Path) -> None:

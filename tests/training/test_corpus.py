@@ -114,6 +114,16 @@ def test_each_kind_of_file_gives_its_domains(tmp_path: Path) -> None:
     assert prose(2) in {document.text for document in found}
 
 
+def test_this_project_and_its_description_are_no_part_of_the_corpus(tmp_path: Path) -> None:
+    write(tmp_path / "pack" / "core.py", module(1))
+    alone = PythonEnvironment([tmp_path]).fingerprint
+    write(tmp_path / "engram" / "core.py", module(2))
+    write(tmp_path / "engram_moe-0.2.0.dist-info" / "METADATA", f"Name: engram-moe\n\n{prose(3)}")
+    assert PythonEnvironment([tmp_path]).fingerprint == alone
+    write(tmp_path / "engrammar" / "core.py", module(2))
+    assert PythonEnvironment([tmp_path]).fingerprint != alone
+
+
 def test_what_is_not_text_to_read_is_left_out(tmp_path: Path) -> None:
     rng = random.Random(0)
     numbers = "\n".join("    " + ", ".join(str(rng.randrange(10**6)) for _ in range(8)) + "," for _ in range(200))
