@@ -15,9 +15,8 @@ matplotlib.use("Agg")  # files only: no screen is needed
 
 import matplotlib.pyplot as plt
 
-from engram.sweep.fit import Curve, Fit
 from engram.sweep.plan import MAIN_VARIANT
-from engram.sweep.results import Row, curve_of
+from engram.sweep.results import Measured, Row, curve_of
 from engram.training.atomic import atomic_file
 
 _BLUE, _ORANGE, _GREY, _GREEN = "#1f5f99", "#d9731a", "#808080", "#2a8a57"
@@ -25,30 +24,25 @@ _AXIS = "ρ: share of the inactive parameters given to experts"  # noqa: RUF001
 _MARKERS = "sD^vPX*"
 
 
-def draw(rows: Sequence[Row], curve: Curve, fitted: Fit, title: str) -> Any:
-    """The figure of a sweep: curve and fits at the left, token counts and controls at the right."""
+def draw(rows: Sequence[Row], measured: Sequence[Measured], title: str) -> Any:
+    """The figure of a sweep, a row for each measure: curve and fits, how the curve moves with training, controls."""
     variants = sorted({r.variant for r in rows} - {MAIN_VARIANT})
-    figure = plt.figure(figsize=(12, 5.4), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.5, 1))
-    figure.suptitle(f"{title}. {_summary(fitted)}", fontsize=11, x=0.01, ha="left")
-    _draw_curve(figure.add_subplot(grid[:, 0]), curve, fitted)
-    if variants:
-        _draw_tokens(figure.add_subplot(grid[0, 1]), rows)
-        _draw_variants(figure.add_subplot(grid[1, 1]), rows, variants)
-    else:
-        _draw_tokens(figure.add_subplot(grid[:, 1]), rows)
+    metrics = list(dict.fromkeys(m.metric for m in measured))
+    figure = plt.figure(figsize=(17 if variants else 12, 5 * len(metrics) + 0.5), layout="constrained")
+    widths = (1.5, 1, 1) if variants else (1.5, 1)
+    axes = figure.subplots(len(metrics), len(widths), width_ratios=widths, squeeze=False)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    for (left, middle, *right), metric in zip(axes, metrics, strict=True):
+        own = [m for m in measured if m.metric == metric]
+        _draw_curve(left, own[-1])
+        _draw_tokens(middle, own)
+        if variants:
+            _draw_variants(right[0], rows, own[-1], variants)
     return figure
 
 
-def _summary(fitted: Fit) -> str:
-    parts = [
-        f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}] below all {end}"
-        for end, gain in (("experts", fitted.gain_all_experts), ("memory", fitted.gain_all_memory))
-    ]
-    return f"Verdict: {fitted.verdict}\nLeast loss, in nats: {', '.join(parts)}"
-
-
-def _draw_curve(axes: Any, curve: Curve, fitted: Fit) -> None:
+def _draw_curve(axes: Any, measured: Measured) -> None:
+    curve, fitted = measured.curve, measured.fitted
     best = fitted.best_smooth
     axes.axvspan(best.low, best.high, color=_ORANGE, alpha=0.12, lw=0, label="95 % interval of ρ*")  # noqa: RUF001
     axes.axvline(best.value, color=_ORANGE, lw=1, ls=":")
@@ -81,33 +75,35 @@ def _draw_curve(axes: Any, curve: Curve, fitted: Fit) -> None:
         )
     # Above the axes, as a U leaves no corner free.
     axes.legend(frameon=False, fontsize=9, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))
+    gains = (
+        f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}] below all {end}"
+        for end, gain in (("experts", fitted.gain_all_experts), ("memory", fitted.gain_all_memory))
+    )
+    axes.set_title(f"{measured.name}: {fitted.verdict}\n" + "\n".join(gains), fontsize=10, loc="left", pad=44)
     axes.grid(alpha=0.25)
 
 
-def _draw_tokens(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_tokens(axes: Any, measured: Sequence[Measured]) -> None:
     """The same runs at each validation, less the pure mixture's loss there, so that shapes can be compared."""
-    counts = sorted({r.tokens for r in rows if r.variant == MAIN_VARIANT})
-    for i, tokens in enumerate(counts):
-        curve = curve_of(rows, tokens)
-        relative = curve.means - curve.means[-1]
-        colour = plt.get_cmap("viridis")(0.9 - 0.8 * i / max(1, len(counts) - 1))
-        axes.plot(curve.rho, relative, "o-", ms=3, lw=1.2, color=colour, label=f"{tokens / 1e6:.2g}M")
+    for i, m in enumerate(measured):
+        relative = m.curve.means - m.curve.means[-1]
+        colour = plt.get_cmap("viridis")(0.9 - 0.8 * i / max(1, len(measured) - 1))
+        axes.plot(m.curve.rho, relative, "o-", ms=3, lw=1.2, color=colour, label=f"{m.tokens / 1e6:.2g}M")
         at = int(relative.argmin())
-        axes.plot(curve.rho[at], relative[at], "o", ms=8, mfc="none", color=colour)
+        axes.plot(m.curve.rho[at], relative[at], "o", ms=8, mfc="none", color=colour)
     axes.set_ylabel("loss − loss at ρ = 1", fontsize=9)  # noqa: RUF001
     axes.set_xlabel("ρ, least loss circled, after this many tokens:", fontsize=9)  # noqa: RUF001
     axes.legend(frameon=False, fontsize=8, ncol=2)
     axes.grid(alpha=0.25)
 
 
-def _draw_variants(axes: Any, rows: Sequence[Row], variants: Sequence[str]) -> None:
-    last = [r for r in rows if r.final]
-    main = curve_of(rows, max(r.tokens for r in last))
-    axes.plot(main.rho, main.means, "o-", ms=3, lw=1.2, color=_BLUE, label=MAIN_VARIANT)
+def _draw_variants(axes: Any, rows: Sequence[Row], measured: Measured, variants: Sequence[str]) -> None:
+    curve = measured.curve
+    axes.plot(curve.rho, curve.means, "o-", ms=3, lw=1.2, color=_BLUE, label=MAIN_VARIANT)
     for i, variant in enumerate(variants):
-        own = [r for r in last if r.variant == variant]
+        own = [r for r in rows if r.variant == variant and r.tokens == measured.tokens]
         for rho in sorted({r.rho_actual for r in own}):
-            losses = np.array([r.nats for r in own if r.rho_actual == rho])
+            losses = np.array([getattr(r, measured.metric) for r in own if r.rho_actual == rho])
             axes.errorbar(
                 rho,
                 losses.mean(),
@@ -120,7 +116,7 @@ def _draw_variants(axes: Any, rows: Sequence[Row], variants: Sequence[str]) -> N
             )
     axes.set_ylabel("nats per token", fontsize=9)
     axes.set_xlabel("ρ, rivals and controls", fontsize=9)  # noqa: RUF001
-    axes.legend(frameon=False, fontsize=8, ncol=2)
+    axes.legend(frameon=False, fontsize=8, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))
     axes.grid(alpha=0.25)
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from engram.sweep.fit import Curve
+from engram.sweep.fit import Curve, Fit, fit
 from engram.sweep.launch import is_finished, read_result, require_corpus
 from engram.sweep.plan import MAIN_VARIANT, SweepPlan
 from engram.training.atomic import atomic_file
 
 _EMPTY = float("nan")
+# What a curve is drawn of, and how a report calls it. Whether a run has learnt to copy from its context yet decides its
+# loss on repeated pairs, and comes by chance: the other tokens show what the split does to knowledge.
+MEASURES = {"nats": "all tokens", "nats_new": "tokens whose pair is new in its window"}
 
 
 @dataclass(frozen=True)
 class Row:
     """One validation of one point. `rho` is what was asked, `rho_actual` what the whole experts allow; losses are nats
-    a token and bits a byte on held-out text, in total and by domain."""
+    a token and bits a byte on held-out text, in total, by domain, and for pairs of tokens that are new to their
+    document's part of the window or repeated in it."""
 
     variant: str
     rho: float
@@ -31,6 +36,8 @@ class Row:
     bits_per_byte: float
     nats_code: float
     nats_prose: float
+    nats_new: float
+    nats_repeated: float
     bits_per_byte_code: float
     bits_per_byte_prose: float
     experts: int
@@ -57,7 +64,8 @@ def collect(plan: SweepPlan) -> list[Row]:
 
 def _rows_of(variant: str, rho: float, seed: int, name: str, result: dict[str, Any]) -> list[Row]:
     experts, memory, budget = result["model"]["experts"], result["model"]["memory"], result["budget"]
-    measured = ("nats", "bits_per_byte", "nats_code", "nats_prose", "bits_per_byte_code", "bits_per_byte_prose")
+    measured = ["nats", "bits_per_byte", *(f"nats_{kind}" for kind in ("code", "prose", "new", "repeated"))]
+    measured += ["bits_per_byte_code", "bits_per_byte_prose"]
     return [
         Row(
             variant=variant,
@@ -103,3 +111,29 @@ def curve_of(rows: Iterable[Row], tokens: int, metric: str = "nats", variant: st
     return Curve.from_points(
         [(r.rho_actual, r.seed, getattr(r, metric)) for r in rows if r.variant == variant and r.tokens == tokens]
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The main curve of a sweep by one of `MEASURES`, after a number of tokens, with what it says."""
+
+    metric: str
+    tokens: int
+    curve: Curve
+    fitted: Fit
+
+    @property
+    def name(self) -> str:
+        """What was measured, in words."""
+        return MEASURES[self.metric]
+
+
+def measure(rows: Sequence[Row]) -> list[Measured]:
+    """Every measure at every number of tokens at which it was taken, fewest tokens first.
+
+    Raises ValueError if no seed is finished at every rho, or there are fewer than three rhos.
+    """
+    main = [row for row in rows if row.variant == MAIN_VARIANT]
+    taken = [(m, t) for m in MEASURES for t in sorted({r.tokens for r in main if not math.isnan(getattr(r, m))})]
+    curves = [(metric, tokens, curve_of(rows, tokens, metric)) for metric, tokens in taken]
+    return [Measured(metric, tokens, curve, fit(curve)) for metric, tokens, curve in curves]

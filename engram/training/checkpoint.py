@@ -5,7 +5,6 @@ A checkpoint holds all that the rest of a run depends on, so that a resumed run 
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,15 @@ class AtomicCheckpointIO(CheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
-        """All of a checkpoint, on the CPU. Raises `ConfigError` naming the file if it cannot be read."""
+        """All of a checkpoint, on the CPU. Raises `ConfigError` naming the file if it is not one of this trainer."""
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of any kind: the file may hold anything
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
+        if not isinstance(checkpoint, dict) or not {"pytorch-lightning_version", "tokenizer"} <= checkpoint.keys():
+            raise ConfigError(f"checkpoint {str(path)!r} was not saved by this package's trainer")
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint if it is there."""
@@ -54,11 +56,11 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, folder: str | Path, every: int) -> None:
         self.path, self.every = Path(folder) / LAST, every
-        self._saved_step = 0
+        self.saved_step = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Note where training goes on from: that step is saved already."""
-        self._saved_step = trainer.global_step
+        self.saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save if it is time and no validation follows."""
@@ -74,6 +76,6 @@ class LastCheckpoint(Checkpoint):
     def _save_if_due(self, trainer: Any) -> None:
         step = trainer.global_step
         # Between the steps of accumulated gradients `global_step` stays, and nothing may be saved.
-        if step % self.every == 0 and step != self._saved_step:
-            self._saved_step = step
+        if step % self.every == 0 and step != self.saved_step:
+            self.saved_step = step
             trainer.save_checkpoint(self.path)

@@ -36,7 +36,7 @@ class TokenData(lightning.LightningDataModule):
     A batch holds int64 [B, T] tensors: `tokens`, `targets` (the next token, across document boundaries too: the
     first token of a document is predicted from the end-of-text token before it) and `document_ids` (the number of the
     token's document in its split). Validation batches also hold `domains` (number of the target's
-    domain) and `target_bytes` (bytes of text of the target, 0 for the end of text).
+    domain), `target_bytes` (bytes of text of the target, 0 for the end of text) and `repeated` (see `repeats`).
 
     A checkpoint keeps `step`, the number of batches trained on so far, and training goes on from there.
     """
@@ -155,6 +155,7 @@ class TokenData(lightning.LightningDataModule):
         if file.n_bytes is not None:
             batch["domains"] = file.domain_at(positions[:, 1:])
             batch["target_bytes"] = file.n_bytes[positions[:, 1:]].astype(np.int64)
+            batch["repeated"] = repeats(batch["tokens"], batch["targets"], documents)
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}
 
     def prepare_data(self) -> None:
@@ -219,6 +220,21 @@ class ValBatches:
     def __iter__(self) -> Iterator[Batch]:
         for index in range(len(self)):
             yield self._data.val_batch(index, self._rank, self._world_size)
+
+
+def repeats(tokens: NDArray[np.int64], targets: NDArray[np.int64], documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    """1 where the same token was followed by the same target before, in the same document of the window; else 0.
+
+    There a model that copies from its context needs no other knowledge (the hits of arXiv:2312.04927).
+    Arguments and result `[B, T]`.
+    """
+    pairs = np.unique(np.stack([documents, tokens, targets], -1).reshape(-1, 3), axis=0, return_inverse=True)[1]
+    pairs = pairs.reshape(tokens.shape)
+    order = np.argsort(pairs, axis=1, kind="stable")
+    in_order = np.take_along_axis(pairs, order, axis=1)
+    again = np.zeros_like(tokens)
+    np.put_along_axis(again, order[:, 1:], (in_order[:, 1:] == in_order[:, :-1]).astype(np.int64), axis=1)
+    return again
 
 
 def _slice_of_rank(n_rows: int, rank: int, world_size: int) -> NDArray[np.int64]:

@@ -20,13 +20,14 @@ _SECONDS_BETWEEN_WRITES = 5.0
 class CSVMetrics(Logger):
     """Writes `metrics.csv` to a folder, atomically, every few seconds and at the end: a row for each logged step.
 
-    A resumed run keeps the rows of the steps before the one it goes on from (Lightning's CSVLogger starts anew).
+    A resumed run keeps the rows of the steps before the one it goes on from (Lightning's CSVLogger starts anew). The
+    file of an earlier run stays as it is until `go_on_from` is called.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self._rows: dict[int, dict[str, Any]] | None = None
+        self._rows: dict[int, dict[str, Any]] = {}
         self._last_write = -math.inf
 
     @property
@@ -51,10 +52,15 @@ class CSVMetrics(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add values to the row of a step."""
-        number = step or 0
-        if self._rows is None:
-            self._rows = {s: row for s, row in _read(self.path).items() if s < number}
-        self._rows.setdefault(number, {}).update(metrics)
+        self._rows.setdefault(step or 0, {}).update(metrics)
+
+    @rank_zero_only
+    def go_on_from(self, step: int) -> None:
+        """Drop the rows that an earlier run in this folder logged for this step and later ones; keep the others."""
+        self._rows = {s: row for s, row in _read(self.path).items() if s < step}
+        self._write()
+        if not self._rows:
+            self.path.unlink(missing_ok=True)
 
     @rank_zero_only
     def save(self) -> None:

@@ -3,14 +3,13 @@
     python train.py fit --config configs/runs/tiny.yaml --trainer.max_steps 1000 --model.overrides.experts.top_k 2
 
 The run's folder (`--trainer.default_root_dir`) gets `config.yaml`, `metrics.csv`, `tb/` (TensorBoard), `progress.json`
-(about once a second), `checkpoints/last.ckpt` (go on with `--ckpt_path`), and at the end `result.json` and `model/`.
+(about once a second), `checkpoints/last.ckpt` (go on with `--ckpt_path last`), and at its end `result.json`, `model/`.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -20,17 +19,18 @@ import jsonargparse
 import lightning
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from engram.config import ConfigError
+from engram.config import ConfigError, require
 from engram.training.atomic import atomic_file
-from engram.training.checkpoint import AtomicCheckpointIO, LastCheckpoint
+from engram.training.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint
 from engram.training.data import TokenData
 from engram.training.environment import prepare_process
 from engram.training.logs import Bar, CSVMetrics
 from engram.training.module import LitEngramLM, NonFiniteLossError
 from engram.training.recorder import RunRecorder
 
-EXIT_BAD_SETTING, EXIT_NON_FINITE = 2, 3
+EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 130
 _DEFAULTS = {
     "trainer.precision": "bf16-mixed",
     "trainer.max_epochs": -1,
@@ -46,14 +46,25 @@ _DEFAULTS = {
 class SaveConfig(SaveConfigCallback):
     """Writes all settings of the run to `config.yaml` in its folder, atomically."""
 
-    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Called once, before anything is trained."""
-        with atomic_file(Path(trainer.default_root_dir) / "config.yaml") as draft:
-            draft.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Nothing: the settings may still be refused, and a validation's are not those of the run."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write them: all that could refuse them has been asked by now."""
+        if trainer.is_global_zero:
+            with atomic_file(Path(trainer.default_root_dir) / "config.yaml") as draft:
+                draft.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
 
 
 class TrainCLI(LightningCLI):
     """LightningCLI with this package's loggers, checkpoints and process settings."""
+
+    exit_code = 0
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` and `validate`: our model knows no other."""
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that raises its errors, for `main` to print in one line."""
@@ -66,29 +77,63 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--save_weights", type=bool, default=True, help="write the trained model as safetensors")
         parser.set_defaults(_DEFAULTS)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Raises `ConfigError` for a config file that is no text."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"a config file cannot be read: {error}") from error
+
     def before_instantiate_classes(self) -> None:
         """Set up the process before anything is computed."""
-        prepare_process(self._setting("threads"))
+        threads, every = self._setting("threads"), self._setting("checkpoint_every")
+        require(threads is None or threads >= 1, "threads", threads, "1 or more")
+        require(every >= 1, "checkpoint_every", every, "1 or more")
+        prepare_process(threads)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """A trainer that logs and checkpoints in its `default_root_dir`, and validates at its end if nowhere else."""
         given = self._setting("trainer")
         folder = given.default_root_dir
         recorder = RunRecorder(self._setting("seed_everything"), self._setting("save_weights"))
-        callbacks = [recorder, LastCheckpoint(f"{folder}/checkpoints", self._setting("checkpoint_every"))]
+        self.checkpoints = LastCheckpoint(f"{folder}/checkpoints", self._setting("checkpoint_every"))
+        callbacks = [recorder, self.checkpoints]
+        loggers = [CSVMetrics(folder), TensorBoardLogger(folder, name="", version="tb")]
         if given.enable_progress_bar is not False:
             callbacks.append(Bar(refresh_rate=5))
         if given.val_check_interval is None:
             kwargs["val_check_interval"] = given.max_steps * given.accumulate_grad_batches
         return super().instantiate_trainer(
             callbacks=[*(given.callbacks or []), *callbacks],
-            logger=[CSVMetrics(folder), TensorBoardLogger(folder, name="", version="tb")],
+            logger=loggers if self.subcommand == "fit" else False,  # a validation leaves the run's logs alone
             plugins=[AtomicCheckpointIO()],
             **kwargs,
         )
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train; if that ends before the last step, say how to go on."""
+        stopped = False
+        try:
+            self.trainer.fit(**kwargs)
+        except SystemExit:  # Lightning's way to end at SIGTERM and SIGINT
+            stopped = True
+        step, steps = self.trainer.global_step, self.trainer.max_steps
+        if stopped or step < steps:
+            self.exit_code = EXIT_STOPPED
+            saved = self.checkpoints.saved_step and self.checkpoints.path.exists()
+            hint = ": go on with --ckpt_path last" if saved else ""
+            print(f"stopped at step {step} of {steps}{hint}", file=sys.stderr)
+
     def _parse_ckpt_path(self) -> None:
-        """Nothing: LightningCLI would read the whole checkpoint here, for settings that ours do not hold."""
+        """Find the checkpoint; LightningCLI would read it all here, for settings that ours do not hold.
+
+        Raises `ConfigError` if it is not there: Lightning would train from the start where there is no last one.
+        """
+        settings = self.config[self.config.subcommand]
+        if settings.ckpt_path == "last":
+            settings.ckpt_path = f"{settings.trainer.default_root_dir}/checkpoints/{LAST}"
+        path = settings.ckpt_path
+        require(path is None or Path(path).is_file(), "ckpt_path", path, "the file of a checkpoint, or last")
 
     def _setting(self, name: str) -> Any:
         return self.config[self.config.subcommand][name]
@@ -99,27 +144,24 @@ def main(args: list[str] | None = None) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips, and what accelerators are not there
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     try:
-        TrainCLI(
+        return TrainCLI(
             LitEngramLM,
             TokenData,
             args=args,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-        )
-    except (ConfigError, jsonargparse.ArgumentError) as error:
+        ).exit_code
+    except (ConfigError, jsonargparse.ArgumentError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_SETTING
     except OSError as error:  # of a logger; our own files name theirs
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        what = error.filename or "the run's folder"
-        print(f"error: cannot write {what!r}: {os.strerror(error.errno)}", file=sys.stderr)
+        print(f"error: cannot use {error.filename or 'the run folder'!r}: {error.strerror}", file=sys.stderr)
         return EXIT_BAD_SETTING
     except NonFiniteLossError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return EXIT_NON_FINITE
-    return 0
 
 
 if __name__ == "__main__":

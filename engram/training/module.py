@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+import yaml
+from jsonargparse import get_loader
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from engram.backbone import EngramLM, ModelOutput, mean_loss, token_losses
@@ -152,21 +156,25 @@ class LitEngramLM(lightning.LightningModule):
         return partial(multiplier, own, total=total)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums: nats, tokens and bytes of each domain."""
-        self._sums = torch.zeros(len(self.data.domains), 3, dtype=torch.float64, device=self.device)
+        """Start the sums: nats, tokens and bytes of each domain, and of new and of repeated pairs of tokens."""
+        self._sums = torch.zeros(len(self.data.domains) + 2, 3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch's losses to the sums."""
         output = self.model.run(batch["tokens"], batch["document_ids"])
         nats = token_losses(output.hidden, self.model.head_weight, batch["targets"]).double()
+        kinds = (batch["domains"], len(self.data.domains) + batch["repeated"])
         for column, values in enumerate((nats, torch.ones_like(nats), batch["target_bytes"].double())):
-            self._sums[:, column].index_add_(0, batch["domains"].flatten(), values.flatten())
+            for kind in kinds:
+                self._sums[:, column].index_add_(0, kind.flatten(), values.flatten())
 
     def on_validation_epoch_end(self) -> None:
-        """Log nats a token and bits a byte, in total and by domain."""
+        """Log nats a token and bits a byte, in total, by domain, and for new and repeated pairs of tokens."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._sums)
-        named = {"": self._sums.sum(0), **{f"_{n}": s for n, s in zip(self.data.domains, self._sums, strict=True)}}
+        domains = self.data.domains
+        named = {"": self._sums[: len(domains)].sum(0)}
+        named |= {f"_{name}": sums for name, sums in zip((*domains, "new", "repeated"), self._sums, strict=True)}
         values = {}
         for name, (nats, tokens, n_bytes) in named.items():
             if tokens:
@@ -175,19 +183,22 @@ class LitEngramLM(lightning.LightningModule):
         self.log_dict(values, prog_bar=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what a checkpoint must match, the model's config and the tokenizer, and the random state."""
+        """Keep what a checkpoint must match, the configs and the tokenizer, and the random state."""
         checkpoint["model_config"] = self.model_config.to_dict()
+        checkpoint["optim_config"] = dataclasses.asdict(self.optim_config)
         checkpoint["tokenizer"] = self.tokenizer_identity
         checkpoint["random_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises `ConfigError` for a checkpoint of another tokenizer or model."""
-        if "tokenizer" not in checkpoint:
-            raise ConfigError("the checkpoint names no tokenizer: it was not saved by this package's trainer")
+        """Raises `ConfigError` for a checkpoint of another tokenizer, model or, when training goes on, optimiser."""
         require_same_tokenizer(self.tokenizer_identity, checkpoint["tokenizer"])
         saved, own = checkpoint["model_config"], self.model_config.to_dict()
         if saved != own:
             raise ConfigError(f"the checkpoint holds another model: {_first_difference(saved, own)}")
+        own = dataclasses.asdict(self.optim_config)
+        saved = checkpoint.get("optim_config", own)  # older checkpoints lack it
+        if saved != own and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ConfigError(f"the checkpoint was trained differently: {_first_difference(saved, own, 'optim.')}")
         self._random_state = checkpoint["random_state"]
 
 
@@ -203,14 +214,24 @@ def _measured(output: ModelOutput) -> dict[str, Tensor]:
 
 
 def merged(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with those of `overrides` in their places, mappings joined key by key; `a.b` is b inside a."""
+    """`settings` with those of `overrides` in their places, mappings joined key by key; `a.b` is b inside a.
+
+    Text is read as YAML: a flag's value comes as text where the file holds overrides too.
+    """
     result = dict(settings)
     for key, value in overrides.items():
         first, _, rest = key.partition(".")
-        inner = {rest: value} if rest else value
+        inner = {rest: value} if rest else _read(value)
         own = result.get(first)
         result[first] = merged(own if isinstance(own, dict) else {}, inner) if isinstance(inner, dict) else inner
     return result
+
+
+def _read(value: Any) -> Any:
+    try:
+        return get_loader("yaml")(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
 
 
 def _first_difference(saved: dict[str, Any], own: dict[str, Any], where: str = "") -> str:

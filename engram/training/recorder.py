@@ -1,7 +1,7 @@
 """What a run leaves for whoever started it: progress while it runs, its result when it ends.
 
 `progress.json` says where the run is, about once a second. `result.json` appears when the last step is done and never
-before: whoever finds it knows that the point is finished.
+before (one of an earlier run is removed when training starts): whoever finds it knows that the point is finished.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from engram.budget import ParameterBudget
 from engram.config import require
 from engram.training.atomic import write_json
+from engram.training.logs import CSVMetrics
 from engram.training.module import LitEngramLM
 from engram.training.weights import save_model
 
@@ -49,11 +50,19 @@ class RunRecorder(lightning.Callback):
         self._budget = ParameterBudget.of(pl_module.model_config, pl_module.data.config.seq_len)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raises `ConfigError` if the last validation would not be that of the trained model."""
+        """Clear the folder of what an earlier run left of the steps to come.
+
+        Raises `ConfigError` if the last validation would not be that of the trained model.
+        """
         if trainer.enable_validation:
             batches, every = trainer.max_steps * trainer.accumulate_grad_batches, trainer.val_check_batch
             allowed = f"a divisor of the run's {batches} batches, so that its end is validated"
             require(isinstance(every, int) and batches % every == 0, "trainer.val_check_interval", every, allowed)
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVMetrics):
+                logger.go_on_from(trainer.global_step)
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / RESULT).unlink(missing_ok=True)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch, log the speed, tell the progress."""

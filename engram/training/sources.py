@@ -17,6 +17,7 @@ from engram.config import ConfigError, require
 from engram.training.corpus import Document, PythonEnvironment, normalized
 
 HELD_OUT_SHARE = 0.04  # of the documents, by content hash, where a source names no validation documents
+MAX_DOMAINS = 256  # token files number them in one byte
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text", ".py": "text"}
 
 _EMPTY = hashlib.sha256(normalized("").encode()).digest()
@@ -62,13 +63,22 @@ class Table:
         self.fingerprint = fingerprint
         self._text, self._domain = text_column, domain_column
         tables = [train] if validation is None else [train, validation]
+        columns = {"data.text_column": text_column, "data.domain_column": domain_column}
         for table in tables:
-            for column in filter(None, (text_column, domain_column)):
-                require(column in table.column_names, "data column", column, "one of " + ", ".join(table.column_names))
+            for setting, column in columns.items():
+                known = not column or column in table.column_names
+                require(known, setting, column, "one of " + ", ".join(table.column_names))
             kind = getattr(table.features[text_column], "dtype", "a list")
-            require(kind in ("string", "large_string"), f"data column {text_column} of type", kind, "text")
-        names = {name for table in tables for name in table.unique(domain_column)} if domain_column else {"text"}
-        self.domains = tuple(sorted(map(str, names)))
+            is_text = kind in ("string", "large_string")
+            require(is_text, "data.text_column", text_column, f"a column of text (it is of {kind})")
+        values = {value for table in tables for value in table.unique(domain_column)} if domain_column else {"text"}
+        self.domains = tuple(sorted(set(map(str, values))))
+        require(
+            len(self.domains) <= MAX_DOMAINS,
+            "data.domain_column",
+            domain_column,
+            f"a column of at most {MAX_DOMAINS} different values (it has {len(self.domains):,})",
+        )
         keys = _content_keys(train, text_column)
         if validation is None:
             below = int(HELD_OUT_SHARE * 2**64)
@@ -124,7 +134,7 @@ def _in_order(keys: Sequence[bytes], keep: set[bytes]) -> list[int]:
 def _from_files(files: Sequence[str], val_files: Sequence[str], text_column: str, domain_column: str) -> Table:
     from datasets import load_dataset
 
-    splits = {"train": _matching(files), "validation": _matching(val_files)}
+    splits = {"train": _matching("data.files", files), "validation": _matching("data.val_files", val_files)}
     splits = {split: paths for split, paths in splits.items() if paths}
     paths = [path for each in splits.values() for path in each]
     kinds = {_LOADERS.get(Path(path).suffix, "") for path in paths}
@@ -139,23 +149,34 @@ def _from_files(files: Sequence[str], val_files: Sequence[str], text_column: str
     for split, each in splits.items():
         for path in each:
             whole.update(f"{split} {_checked_digest(path, is_text=kind != 'parquet')}\n".encode())
+        if kind != "parquet" and all(map(_is_blank, each)):
+            raise ConfigError(f"data.{'files' if split == 'train' else 'val_files'} {each} hold no document")
+    # The library finds its own copy of a table by its files' names and times, and by the name given here.
     options = {"sample_by": "document"} if kind == "text" else {}
     try:
-        tables = load_dataset(kind, data_files=splits, **options)
+        tables = load_dataset(kind, whole.hexdigest()[:16], data_files=splits, **options)
     except Exception as error:
         raise ConfigError(f"data.files {paths} cannot be read: {_one_line(error)}") from error
     validation = tables.get("validation")
     return Table(f"data.files {paths}", tables["train"], validation, text_column, domain_column, whole.hexdigest())
 
 
-def _matching(patterns: Sequence[str]) -> list[str]:
+def _matching(setting: str, patterns: Sequence[str]) -> list[str]:
     paths = []
     for pattern in patterns:
         found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        if not found and os.path.isdir(pattern):
+            example = os.path.join(pattern, "*.jsonl")
+            raise ConfigError(f"{setting}: {pattern!r} is a folder; name its files, by a glob such as {example!r}")
         if not found:
-            raise ConfigError(f"data.files: there is no file {pattern!r}")
+            raise ConfigError(f"{setting}: there is no file {pattern!r}")
         paths += found
     return paths
+
+
+def _is_blank(path: str) -> bool:
+    with open(path, "rb") as file:
+        return not any(chunk.strip() for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
 def _checked_digest(path: str, is_text: bool) -> str:

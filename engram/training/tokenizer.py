@@ -48,6 +48,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises `ConfigError` naming it when it cannot be read.
     """
     path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    if path != Path(name) and not path.is_file():
+        raise ConfigError(f"data.tokenizer {name!r} is a folder without a tokenizer.json")
     try:
         return Tokenizer.from_file(str(path)) if path.is_file() else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception for a malformed file
@@ -75,16 +77,24 @@ def pad_id(tokenizer: Tokenizer, eos: int) -> int:
 def byte_counter(tokenizer: Tokenizer) -> Callable[[Encoding, str], NDArray[np.int64]]:
     """A function of an encoding and its text that gives each token's bytes of text; they add up to the text's.
 
-    In a byte-level vocabulary a token's string has one character a byte. Elsewhere a token is given the text from
-    the end of the one before it to its own end, and the last token what is left.
+    In a byte-level vocabulary a token's string has one character a byte, or is the text itself if the token was added.
+    Elsewhere, and where those do not add up (a space put before the text, one that an added token took along), a token
+    is given the text from the end of the one before it to its own end, and the last token what is left.
     """
     parts = json.loads(tokenizer.to_str())
-    if parts["normalizer"] is None and '"ByteLevel"' in json.dumps(parts["pre_tokenizer"]):
-        lengths = np.zeros(tokenizer.get_vocab_size(with_added_tokens=True), np.int64)
-        for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
-            lengths[i] = len(token)
-        return lambda encoding, text: lengths[encoding.ids]
-    return _bytes_by_offsets
+    if parts["normalizer"] is not None or '"ByteLevel"' not in json.dumps(parts["pre_tokenizer"]):
+        return _bytes_by_offsets
+    lengths = np.zeros(tokenizer.get_vocab_size(with_added_tokens=True), np.int64)
+    for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
+        lengths[i] = len(token)
+    for i, added in tokenizer.get_added_tokens_decoder().items():
+        lengths[i] = len(added.content.encode())
+
+    def count(encoding: Encoding, text: str) -> NDArray[np.int64]:
+        found = lengths[encoding.ids]
+        return found if found.sum() == len(text.encode()) else _bytes_by_offsets(encoding, text)
+
+    return count
 
 
 def _bytes_by_offsets(encoding: Encoding, text: str) -> NDArray[np.int64]:

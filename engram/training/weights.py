@@ -13,7 +13,8 @@ from torch import Tensor
 
 from engram.backbone import EngramLM
 from engram.config import ConfigError, ModelConfig
-from engram.training.atomic import atomic_file, write_json
+from engram.training.atomic import atomic_folder
+from engram.training.cache import disk_errors_name
 from engram.training.identity import require_same_tokenizer, tokenizer_identity
 from engram.training.tokenizer import load_tokenizer
 
@@ -24,7 +25,7 @@ _LOOKUP = "token_lookup"
 def save_model(
     model: EngramLM, folder: str | Path, lookup: Tensor | None = None, tokenizer: Tokenizer | None = None
 ) -> Path:
-    """Write a model to a folder, each file atomically.
+    """Write a model to a folder, whole or not at all; other files in the folder stay.
 
     `lookup` `[V]`: the token compression, and `tokenizer`: the tokenizer it was trained with. Raises `ConfigError`
     naming the file when the disk refuses.
@@ -33,16 +34,19 @@ def save_model(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if lookup is not None:
         tensors[_LOOKUP] = lookup.cpu().contiguous()
-    with atomic_file(folder / _WEIGHTS) as draft:
-        try:
-            save_file(tensors, draft)
-        except SafetensorError as error:  # safetensors tells of the disk in words alone
-            raise ConfigError(f"cannot write {str(folder / _WEIGHTS)!r}: {error}") from error
-        draft.chmod(0o644)  # safetensors lets nobody else read it
-    if tokenizer is not None:
-        with atomic_file(folder / _TOKENIZER) as draft:
-            draft.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    write_json(folder / _CONFIG, model.config.to_dict())
+    with atomic_folder(folder, owned=(_WEIGHTS, _CONFIG, _TOKENIZER)) as draft:
+        with disk_errors_name(folder / _WEIGHTS):
+            try:
+                save_file(tensors, draft / _WEIGHTS)
+            except SafetensorError as error:  # safetensors tells of the disk in words alone
+                raise ConfigError(f"cannot write {str(folder / _WEIGHTS)!r}: {error}") from error
+            (draft / _WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
+        texts = {_CONFIG: json.dumps(model.config.to_dict(), indent=1) + "\n"}
+        if tokenizer is not None:
+            texts[_TOKENIZER] = tokenizer.to_str(pretty=True)
+        for name, text in texts.items():
+            with disk_errors_name(folder / name):
+                (draft / name).write_text(text, encoding="utf-8")
     return folder
 
 

@@ -1,5 +1,6 @@
-"""Attention against transformers' Qwen3 (grouped queries) and DeepSeek-V3 (latent) with the same weights."""
+"""Attention against transformers' Qwen3 and Llama (grouped queries) and DeepSeek-V3 (latent) with the same weights."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ GQA = GQAConfig(n_heads=4, n_kv_heads=2, head_dim=8)
 MLA = MLAConfig(n_heads=4, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10, q_lora_rank=14)
 
 
-def test_grouped_query_attention_equals_qwen3() -> None:
+@pytest.mark.parametrize("theta", [10_000.0, 777.0])
+def test_grouped_query_attention_equals_qwen3(theta: float) -> None:
     qwen3 = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
     settings = qwen3.Qwen3Config(
         hidden_size=D,
@@ -22,34 +24,52 @@ def test_grouped_query_attention_equals_qwen3() -> None:
         num_key_value_heads=2,
         head_dim=8,
         rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         attn_implementation="eager",
     )
     theirs = qwen3.Qwen3Attention(settings, 0)
-    ours = GroupedQueryAttention(GQA, D, 1e-6)
+    config = replace(GQA, rope_theta=theta)
+    ours = GroupedQueryAttention(config, D, 1e-6)
     for norm in (ours.q_norm, ours.k_norm):
         torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    _copy_projections(ours, theirs)
     with torch.no_grad():
-        q, k, v = ours.qkv.weight.split(ours.split)
-        theirs.q_proj.weight.copy_(q)
-        theirs.k_proj.weight.copy_(k)
-        theirs.v_proj.weight.copy_(v)
-        theirs.o_proj.weight.copy_(ours.out.weight)
         theirs.q_norm.weight.copy_(ours.q_norm.weight)
         theirs.k_norm.weight.copy_(ours.k_norm.weight)
     x = torch.randn(B, T, D)
     angles = qwen3.Qwen3RotaryEmbedding(settings)(x, torch.arange(T)[None])
     expected, _ = theirs(x, angles, _causal())
-    got = ours(x, positions_of(torch.zeros(B, T, dtype=torch.int64), None, GQA))
+    got = ours(x, positions_of(torch.zeros(B, T, dtype=torch.int64), None, config))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("q_lora_rank", [0, 14])
-def test_latent_attention_equals_deepseek_v3(q_lora_rank: int) -> None:
-    deepseek = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
-    config = MLAConfig(
-        n_heads=4, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10, q_lora_rank=q_lora_rank
+@pytest.mark.parametrize("theta", [10_000.0, 777.0])
+def test_without_norms_of_queries_and_keys_it_equals_llama(theta: float) -> None:
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    settings = llama.LlamaConfig(
+        hidden_size=D,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        attn_implementation="eager",
     )
+    theirs = llama.LlamaAttention(settings, 0)
+    config = replace(GQA, qk_norm=False, rope_theta=theta)
+    ours = GroupedQueryAttention(config, D, 1e-6)
+    assert {name for name, _ in ours.named_parameters()} == {"qkv.weight", "out.weight"}
+    _copy_projections(ours, theirs)
+    x = 3 * torch.randn(B, T, D)
+    angles = llama.LlamaRotaryEmbedding(settings)(x, torch.arange(T)[None])
+    expected, _ = theirs(x, angles, _causal())
+    got = ours(x, positions_of(torch.zeros(B, T, dtype=torch.int64), None, config))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("q_lora_rank", "theta"), [(0, 10_000.0), (14, 777.0)])
+def test_latent_attention_equals_deepseek_v3(q_lora_rank: int, theta: float) -> None:
+    deepseek = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    config = replace(MLA, q_lora_rank=q_lora_rank, rope_theta=theta)
     settings = deepseek.DeepseekV3Config(
         hidden_size=D,
         num_attention_heads=4,
@@ -61,7 +81,7 @@ def test_latent_attention_equals_deepseek_v3(q_lora_rank: int) -> None:
         v_head_dim=10,
         rope_interleave=False,
         attn_implementation="eager",
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
     theirs = deepseek.DeepseekV3Attention(settings, 0)
     ours = MultiHeadLatentAttention(config, D, 1e-6)
@@ -97,6 +117,15 @@ def test_a_document_in_a_window_is_attended_as_if_alone(kind: str) -> None:
     for start, end in ((0, 5), (5, 13), (13, 17)):
         alone = layer(x[:, start:end], positions_of(ids[:, start:end], None, config))
         torch.testing.assert_close(together[:, start:end], alone, rtol=1e-5, atol=1e-5)
+
+
+def _copy_projections(ours: GroupedQueryAttention, theirs: Any) -> None:
+    with torch.no_grad():
+        q, k, v = ours.qkv.weight.split(ours.split)
+        theirs.q_proj.weight.copy_(q)
+        theirs.k_proj.weight.copy_(k)
+        theirs.v_proj.weight.copy_(v)
+        theirs.o_proj.weight.copy_(ours.out.weight)
 
 
 def _causal() -> Tensor:

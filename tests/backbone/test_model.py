@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram import ConfigError, EngramLM, ModelConfig
+from engram.backbone import mean_loss
 
 V = 80
 MLA = {"kind": "mla", "n_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
@@ -120,6 +121,28 @@ def test_an_id_outside_the_vocabulary_is_named(bad: int) -> None:
     ids[0, 2] = bad
     with pytest.raises(ConfigError, match=rf"token id is {bad}: allowed is 0 to 79"):
         model_of()(ids)
+
+
+def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one() -> None:
+    """Grouped queries with documents, hyper-connections, experts and memory, and the chunked loss, as one graph."""
+    model = model_of(n_layers=2, branches=2).double()
+    ids, targets = torch.randint(0, V, (2, 2, 12)).unbind()
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+
+    def loss(ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return mean_loss(model.run(ids, documents).hidden, model.head_weight, targets)
+
+    results = []
+    for compute in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        value = compute(ids, documents, targets)
+        value.backward()
+        gradients = {name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((value.detach(), gradients))
+    (eager, eager_gradients), (compiled, compiled_gradients) = results
+    torch.testing.assert_close(compiled, eager)
+    assert set(eager_gradients) == {name for name, _ in model.named_parameters()}
+    torch.testing.assert_close(compiled_gradients, eager_gradients)
 
 
 def test_importing_a_layer_imports_no_trainer() -> None:

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from engram.config import ConfigError, MemoryConfig
 from engram.memory.hashing import NgramHasher, qwen_multipliers, table_sizes
 from engram.memory.primes import is_prime, next_primes
+from engram.memory.readers import RowReader
 
 
 def memory(**changes: object) -> MemoryConfig:
     base: dict = {"layers": (1, 4), "orders": (2, 3), "n_heads": 4, "row_width": 4, "rows": (997, 1200), "seed": 3}
+    base["compress"] = changes.get("hash") != "qwen"
     return MemoryConfig(**{**base, **changes})
 
 
@@ -152,6 +154,25 @@ def test_rows_are_those_of_the_demonstration_code(
             np.testing.assert_array_equal(row, expected)
 
 
+@pytest.mark.parametrize("layer", [1, 4])
+def test_ids_are_made_canonical_before_they_are_hashed(layer: int) -> None:
+    """Padding is the pad's canonical id, and |V'| bounds the multipliers; the raw pad and |V| would be valid too."""
+    V, pad = 40, 7
+    lookup = [i // 3 % 11 for i in range(V)]  # 11 canonical ids, each of three raw ones or more
+    config = memory(orders=(2, 3, 4), rows=(101, 211, 307), vocab_size=V, pad_id=pad)
+    ids = np.random.default_rng(0).integers(0, V, size=(3, 25))
+    documents = np.array([[0] * 25, [0] * 9 + [1] * 16, [0, 1, 1, 2] + [5] * 7 + [6] * 14])
+    reader = RowReader(config, layer, torch.tensor(lookup))
+    found = reader(torch.from_numpy(ids), torch.from_numpy(documents)).numpy()
+    multipliers = demonstration_multipliers(layer, 11, 4, config.seed)
+    for row, row_ids, row_documents in zip(found, ids, documents, strict=True):
+        canonical = [lookup[i] for i in row_ids]
+        expected = reference_rows(
+            canonical, row_documents, multipliers, table_sizes(config)[layer], (2, 3, 4), 4, pad=lookup[pad]
+        )
+        np.testing.assert_array_equal(row, expected)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     tokens=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=24),
@@ -202,7 +223,7 @@ def test_rows_equal_transformers_qwen_embedding(
     )
     orders = tuple(range(2, ngram_size + 1))
     rows = (1000,) * len(orders)
-    config = memory(hash="qwen", compress=False, orders=orders, rows=rows, n_heads=n_heads, layers=(0, 1), seed=1234)
+    config = memory(hash="qwen", orders=orders, rows=rows, n_heads=n_heads, layers=(0, 1), seed=1234)
     hasher = NgramHasher(config, 500, eos_id=7)
     ids = torch.randint(0, 500, (B, T)).masked_fill(torch.rand(B, T) < share_of_eos, 7)
     for ordinal, layer in enumerate((0, 1)):
@@ -323,3 +344,33 @@ def test_what_cannot_be_hashed_is_refused_by_name() -> None:
         NgramHasher(memory(hash="qwen"), 10, eos_id=10)
     with pytest.raises(ConfigError, match=r"layer is 2: allowed is one of memory.layers \(1, 4\)"):
         NgramHasher(memory(), 10)(torch.zeros(1, 3, dtype=torch.int64), 2)
+
+
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_an_id_that_is_not_canonical_is_named(bad: int) -> None:
+    hasher, ids = NgramHasher(memory(), 10), torch.tensor([[3, bad, 9]])
+    with pytest.raises(ConfigError, match=f"token id is {bad}: allowed is 0 to 9"):
+        hasher(ids, 1)
+    with pytest.raises(ConfigError, match=f"token id is {bad}: allowed is 0 to 9"):
+        hasher.step(ids, 1, hasher.init_state(1))
+
+
+@pytest.mark.parametrize("bad", [-1, 10])
+@pytest.mark.parametrize("lookup", [None, torch.arange(10) // 2], ids=["raw", "compressed"])
+def test_an_id_outside_the_vocabulary_is_named(bad: int, lookup: torch.Tensor | None) -> None:
+    reader = RowReader(memory(vocab_size=10), 1, lookup)
+    with pytest.raises(ConfigError, match=f"token id is {bad}: allowed is 0 to 9"):
+        reader(torch.tensor([[3, bad, 9]]))
+
+
+@pytest.mark.parametrize("name", ["pad_id", "eos_id"])
+def test_a_config_refuses_a_special_id_outside_its_vocabulary(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"memory\.{name} is 10: allowed is an id below vocab_size \(10\)"):
+        memory(vocab_size=10, **{name: 10})
+    assert getattr(memory(vocab_size=10, **{name: 9}), name) == 9
+    assert getattr(memory(**{name: 10}), name) == 10  # the model's vocabulary is not known yet
+
+
+def test_a_config_refuses_to_compress_for_the_qwen_family() -> None:
+    with pytest.raises(ConfigError, match=r"memory\.compress is True: allowed is false with hash qwen"):
+        memory(hash="qwen", compress=True)

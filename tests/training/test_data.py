@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engram.config import ConfigError, build_config
 from engram.training.cache import build_once
-from engram.training.data import Batch, DataConfig, TokenData
+from engram.training.data import Batch, DataConfig, TokenData, repeats
 from engram.training.tokenizer import train_bpe
 from engram.training.tokens import TokenFile
 
@@ -88,6 +88,21 @@ def test_training_windows_start_a_document_after_each_end_of_text(data: TokenDat
             assert [d - documents[0] for d in documents] == [tokens[:t].count(data.eos_id) for t in range(T)]
             numbers.update(documents)
     assert len(numbers) > 6
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), ids=st.integers(1, 12))
+def test_repeated_pairs_are_those_seen_before_in_their_document(seed: int, ids: int) -> None:
+    generator = np.random.default_rng(seed)
+    tokens, targets = generator.integers(0, ids, (2, 3, 20))
+    documents = np.sort(generator.integers(5, 8, (3, 20)), axis=1)
+    found = repeats(tokens, targets, documents)
+    for row in range(3):
+        seen: set[tuple[int, int, int]] = set()
+        for t in range(20):
+            pair = (int(documents[row, t]), int(tokens[row, t]), int(targets[row, t]))
+            assert found[row, t] == (pair in seen)
+            seen.add(pair)
 
 
 def test_the_order_depends_on_seed_and_step_alone(data: TokenData, folder: Path) -> None:

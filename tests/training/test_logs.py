@@ -29,20 +29,33 @@ def test_a_resumed_run_keeps_the_rows_before_it_and_replaces_those_after(tmp_pat
         first.log_metrics({"loss": float(step)}, step)
     first.finalize("failed")
     second = CSVMetrics(tmp_path)
-    for step in range(3, 6):
+    second.go_on_from(3)
+    assert [float(row["loss"]) for row in rows(tmp_path)] == [0, 1, 2]
+    for step in range(4, 6):
         second.log_metrics({"loss": step + 0.5, "more": 1.0}, step)
     second.finalize("success")
-    assert [float(row["loss"]) for row in rows(tmp_path)] == [0, 1, 2, 3.5, 4.5, 5.5]
-    assert [row["more"] for row in rows(tmp_path)] == [""] * 3 + ["1.0"] * 3
+    assert [float(row["loss"]) for row in rows(tmp_path)] == [0, 1, 2, 4.5, 5.5]
+    assert [row["more"] for row in rows(tmp_path)] == [""] * 3 + ["1.0"] * 2
 
 
 def test_a_run_from_the_start_keeps_nothing_of_an_older_one(tmp_path: Path) -> None:
-    for value in (1.0, 2.0):
-        logger = CSVMetrics(tmp_path)
-        for step in range(3 - int(value)):
-            logger.log_metrics({"loss": value}, step)
-        logger.finalize("success")
+    first = CSVMetrics(tmp_path)
+    first.log_metrics({"loss": 1.0}, 0)
+    first.finalize("success")
+    second = CSVMetrics(tmp_path)
+    second.go_on_from(0)
+    assert not first.path.exists()
+    second.log_metrics({"loss": 2.0}, 19)
+    second.finalize("success")
     assert [row["loss"] for row in rows(tmp_path)] == ["2.0"]
+
+
+def test_a_run_that_is_refused_leaves_the_file_of_an_older_one(tmp_path: Path) -> None:
+    first = CSVMetrics(tmp_path)
+    first.log_metrics({"loss": 1.0}, 0)
+    first.finalize("success")
+    CSVMetrics(tmp_path).finalize("failed")
+    assert [row["loss"] for row in rows(tmp_path)] == ["1.0"]
 
 
 def test_saving_often_writes_seldom(tmp_path: Path) -> None:

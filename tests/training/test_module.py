@@ -56,15 +56,19 @@ def test_the_training_loss_is_the_mean_cross_entropy_of_the_steps_batch(train: T
     assert run.column("train/loss")[4] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_validation_is_nats_a_token_and_bits_a_byte_in_total_and_by_domain(train: Train, data: TokenData) -> None:
+def test_validation_is_nats_a_token_and_bits_a_byte_in_total_and_by_kind(train: Train, data: TokenData) -> None:
     run = train(**EXACT)
     model = model_of(run.folder / "step-4.ckpt", data)
     batches = list(data.val_dataloader())
     losses = torch.cat([nats(model, batch) for batch in batches])
     n_bytes = torch.cat([batch["target_bytes"].flatten() for batch in batches])
     domains = torch.cat([batch["domains"].flatten() for batch in batches])
+    repeated = torch.cat([batch["repeated"].flatten() for batch in batches])
+    kinds = {"": domains >= 0, "_code": domains == 0, "_prose": domains == 1}
+    kinds |= {"_new": repeated == 0, "_repeated": repeated == 1}
+    assert all(chosen.any() for chosen in kinds.values())
     expected = {"step": 4, "tokens": 4 * 64}
-    for name, chosen in (("", domains >= 0), ("_code", domains == 0), ("_prose", domains == 1)):
+    for name, chosen in kinds.items():
         expected[f"nats{name}"] = losses[chosen].mean().item()
         expected[f"bits_per_byte{name}"] = losses[chosen].sum().item() / math.log(2) / n_bytes[chosen].sum().item()
     assert run.result["history"][0] == pytest.approx(expected, rel=1e-5)
@@ -180,7 +184,8 @@ def test_logs_hold_loss_gates_loads_and_speed_in_csv_and_tensorboard(train: Trai
     header = (run.folder / "metrics.csv").read_text().splitlines()[0].split(",")
     names = {"train/loss", "train/grad_norm", "gate/block_1", "lr/tables", "speed/tokens_per_s", "speed/flops_per_s"}
     names |= {"experts/0_max_load", "experts/0_entropy", "experts/0_dropped"}
-    names |= {f"val/{what}{domain}" for what in ("nats", "bits_per_byte") for domain in ("", "_code", "_prose")}
+    kinds = ("", "_code", "_prose", "_new", "_repeated")
+    names |= {f"val/{what}{kind}" for what in ("nats", "bits_per_byte") for kind in kinds}
     assert names <= set(header)
     board = EventAccumulator(str(run.folder / "tb"))
     board.Reload()
@@ -236,6 +241,8 @@ def test_overrides_nest_with_dots_or_with_mappings() -> None:
     assert merged(settings, {"a": 9, "b.d.e": 4, "b": {"d": {"f": 5}}}) == expected
     assert settings == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
     assert merged(settings, {"b": None, "x.y": 1}) == {"a": 1, "b": None, "x": {"y": 1}}
+    flags = {"a": "1e-3", "b": "{c: 4}", "b.d.e": "[5, six]", "x": "a: b: c"}
+    assert merged(settings, flags) == {"a": 0.001, "b": {"c": 4, "d": {"e": [5, "six"]}}, "x": "a: b: c"}
 
 
 def test_a_run_without_validation_says_so_in_its_result(train: Train) -> None:
@@ -264,6 +271,13 @@ def test_without_an_interval_the_end_is_validated(train: Train) -> None:
         ({"data__config__batch_size": 0}, "data.batch_size is 0: allowed is 1 or more"),
         ({"trainer__val_check_interval": 3}, "trainer.val_check_interval is 3: allowed is a divisor of the run's 8"),
         ({"trainer__max_steps": -1}, "trainer.max_steps is -1: allowed is 1 or more"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0: allowed is 1 or more"),
+        ({"threads": 0}, "threads is 0: allowed is 1 or more"),
+        ({"trainer__val_check_interval": 0.5}, "`val_check_interval` should be an integer"),
+        ({"flags": ("--trainer.enable_checkpointing", "false")}, "Trainer was configured with `enable_checkpointing"),
+        ({"flags": ("--ckpt_path", "last")}, "ckpt_path is '"),
+        ({"flags": ("--ckpt_path", "best")}, "ckpt_path is 'best': allowed is the file of a checkpoint, or last"),
+        ({"flags": ("--trainer.default_root_dir", "/dev/null/run")}, "cannot use '/dev/null"),
     ],
 )
 def test_settings_that_cannot_be_end_in_one_line(

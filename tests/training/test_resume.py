@@ -126,7 +126,7 @@ def test_a_killed_process_goes_on_where_its_checkpoint_was(train: Train, tmp_pat
     assert_same_state(whole, rest)
 
 
-def test_a_checkpoint_is_refused_by_a_run_with_another_tokenizer_model_or_data(
+def test_a_checkpoint_is_refused_by_a_run_with_another_tokenizer_model_optimiser_or_data(
     train: Train, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = train("first").folder / "step-4.ckpt"
@@ -136,6 +136,12 @@ def test_a_checkpoint_is_refused_by_a_run_with_another_tokenizer_model_or_data(
         "'BPE of 300 ids trained on files'": {"data__config__tokenizer": str(tmp_path / "tokenizer.json")},
         "the checkpoint holds another model: experts.top_k is 1, the checkpoint's is 2": {
             "model__model__experts__top_k": 1
+        },
+        "the checkpoint was trained differently: optim.lr is 0.0001, the checkpoint's is 0.003": {
+            "model__optim__lr": 1e-4
+        },
+        "the checkpoint was trained differently: optim.matrix_optimizer is 'muon', the checkpoint's is 'adamw'": {
+            "model__optim__matrix_optimizer": "muon"
         },
         "data seed is 9: allowed is that of the checkpoint, 0": {"data__config__seed": 9},
     }
@@ -147,20 +153,33 @@ def test_a_checkpoint_is_refused_by_a_run_with_another_tokenizer_model_or_data(
         assert re.match(f"error: {message}", said), said
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "foreign"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "checkpoint {!r} cannot be read: "),
+        ("text", "checkpoint {!r} cannot be read: "),
+        ("junk", "checkpoint {!r} cannot be read: "),
+        ("foreign", "checkpoint {!r} was not saved by this package's trainer"),
+        ("gone", "ckpt_path is {!r}: allowed is the file of a checkpoint, or last"),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_read_is_named(
-    train: Train, damage: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    train: Train, damage: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "broken.ckpt"
     if damage == "cut":
         whole = train("whole").folder / "step-4.ckpt"
         path.write_bytes(whole.read_bytes()[:5000])
-    elif damage == "foreign":
+    elif damage == "text":
         path.write_text("no checkpoint")
+    elif damage == "junk":
+        path.write_bytes(b"\x80\x02U")  # a pickle that ends amid a number: struct.error
+    elif damage == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
     assert train("rest", resume=path).code == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
-    assert f"checkpoint {str(path)!r} cannot be read" in said[0]
+    assert said[0].startswith(f"error: {message.format(str(path))}")
 
 
 class Trap:

@@ -1,6 +1,7 @@
 """Documents from local files and data sets of the hub: what is read, held out, and refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,33 @@ def test_the_fingerprint_follows_content_and_columns_and_not_the_name(tmp_path: 
     assert len({first, fingerprint("b.jsonl", [*TEXTS[:-1], "x"]), fingerprint("c.jsonl", TEXTS, "kind")}) == 3
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_file_rewritten_within_its_size_and_time_is_read_anew(tmp_path: Path, split: str) -> None:
+    paths = {name: jsonl(tmp_path / f"{name}.jsonl", [f"{name} one", f"{name} two"], ["pets"] * 2) for name in
+             ("train", "validation")}  # fmt: skip
+
+    def texts() -> set[str]:
+        source = open_source("files", [paths["train"]], [paths["validation"]], text_column="body")
+        return {document.text for document in _all(source)}
+
+    before, file = texts(), Path(paths[split])
+    status = file.stat()
+    file.write_text(file.read_text().replace("two", "new"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert texts() == before - {f"{split} two"} | {f"{split} new"}
+
+
+def test_a_column_names_256_domains_and_no_more(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(257)]
+    path = jsonl(tmp_path / "a.jsonl", texts[:256], texts[:256])
+    assert len(open_source("files", [path], text_column="body", domain_column="kind").domains) == 256
+    path = jsonl(tmp_path / "b.jsonl", texts, texts)
+    assert refusal("files", [path], text_column="body", domain_column="kind") == (
+        "data.domain_column is 'kind': allowed is a column of at most 256 different values (it has 257)"
+    )
+
+
 def test_a_data_set_of_the_hub_is_loaded_with_its_own_splits(tmp_path: Path) -> None:
     """By the path of a local copy: the code of the library that loads a hub id, without the download."""
     jsonl(tmp_path / "set" / "train.jsonl", TEXTS, DOMAINS)
@@ -123,9 +151,15 @@ def test_empty_texts_are_no_documents_and_an_empty_corpus_is_refused(tmp_path: P
             "allowed is 2 or more, or some in data.val_files"
         )
     (tmp_path / "empty.txt").touch()
-    assert "empty.txt" in refusal("files", [str(tmp_path / "empty.txt")])
     (tmp_path / "empty.jsonl").touch()
-    assert "empty.jsonl" in refusal("files", [str(tmp_path / "empty.jsonl")])
+    (tmp_path / "lines.jsonl").write_text("\n \n")
+    for name in ("empty.txt", "empty.jsonl", "lines.jsonl"):
+        blank = [str(tmp_path / name)]
+        assert refusal("files", blank) == f"data.files {blank} hold no document"
+    path = jsonl(tmp_path / "a.jsonl", TEXTS, DOMAINS)
+    empty = str(tmp_path / "empty.jsonl")
+    assert refusal("files", [path], [empty], text_column="body") == f"data.val_files {[empty]} hold no document"
+    assert len(_all(open_source("files", [empty, path], text_column="body"))) == len(TEXTS)
 
 
 def test_what_is_missing_or_unreadable_is_named(tmp_path: Path) -> None:
@@ -133,13 +167,18 @@ def test_what_is_missing_or_unreadable_is_named(tmp_path: Path) -> None:
     assert refusal("files", [str(tmp_path / "none*.txt")]) == (
         f"data.files: there is no file {str(tmp_path / 'none*.txt')!r}"
     )
-    assert refusal("files", [path]) == "data column is 'text': allowed is one of body, kind"
+    assert refusal("files", [path], [str(tmp_path)]) == (
+        f"data.val_files: {str(tmp_path)!r} is a folder; name its files, by a glob such as {str(tmp_path / '*.jsonl')!r}"
+    )
+    assert refusal("files", [path]) == "data.text_column is 'text': allowed is one of body, kind"
     assert refusal("files", [path], text_column="body", domain_column="topic") == (
-        "data column is 'topic': allowed is one of body, kind"
+        "data.domain_column is 'topic': allowed is one of body, kind"
     )
     assert "files of one kind" in refusal("files", [path, parquet(tmp_path / "b.parquet", TEXTS, DOMAINS)])
     (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
-    assert refusal("files", [str(tmp_path / "numbers.jsonl")]) == "data column text of type is 'int64': allowed is text"
+    assert refusal("files", [str(tmp_path / "numbers.jsonl")]) == (
+        "data.text_column is 'text': allowed is a column of text (it is of int64)"
+    )
     (tmp_path / "broken.jsonl").write_text('{"text": \n')
     assert str(tmp_path / "broken.jsonl") in refusal("files", [str(tmp_path / "broken.jsonl")])
     assert refusal("no-such-user/no-such-data").startswith("data.source 'no-such-user/no-such-data' cannot be loaded: ")

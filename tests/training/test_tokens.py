@@ -2,12 +2,12 @@
 
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from engram.config import ConfigError
 from engram.memory.compression import TokenCompressor
@@ -103,6 +103,55 @@ def test_byte_level_tokens_have_the_bytes_they_stand_for() -> None:
     encoding = merged.encode("words words")
     texts = merged.decode_batch([[i] for i in encoding.ids])
     assert byte_counter(merged)(encoding, "words words").tolist() == [len(part) for part in texts]
+
+
+def byte_level(prefix: bool, *added: str | AddedToken) -> Tokenizer:
+    tokenizer = train_bpe(iter(TEXTS), 280)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def trained(model: models.Model, trainer: trainers.Trainer, words: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = words
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: byte_level(False),
+        lambda: byte_level(True),
+        lambda: byte_level(False, "日本語", "words", "<tool>"),
+        lambda: byte_level(True, "日本語", "words", "<tool>"),
+        lambda: byte_level(False, AddedToken("日本語", lstrip=True, rstrip=True)),
+        lambda: trained(
+            models.Unigram(),
+            trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False),
+            pre_tokenizers.Metaspace(),
+        ),
+        lambda: trained(
+            models.WordPiece(unk_token="[UNK]"),  # type: ignore[call-arg]
+            trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"], show_progress=False),
+            pre_tokenizers.BertPreTokenizer(),
+        ),
+    ],
+    ids=["byte-level", "space before", "added", "added, space before", "added, strips", "unigram", "word pieces"],
+)
+def test_the_bytes_of_a_given_tokenizers_tokens_add_up_to_the_text(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    count = byte_counter(tokenizer)
+    for text in [*TEXTS, "hello words", " 日本語 words", "日本語日本語 🚀", "a <tool> 日本語 ", "Ωunknown ω"]:
+        counts = count(tokenizer.encode(text, add_special_tokens=False), text)
+        assert counts.sum() == len(text.encode()), text
+        assert counts.min() >= 0
+
+
+def test_an_added_token_has_the_bytes_of_its_own_text() -> None:
+    tokenizer = byte_level(False, "日本語")
+    assert byte_counter(tokenizer)(tokenizer.encode("x日本語!"), "x日本語!").tolist() == [1, 9, 1]
 
 
 def test_the_record_counts_what_the_files_hold(tmp_path: Path) -> None:
@@ -219,6 +268,10 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=rf"data\.tokenizer '{name}' cannot be loaded: ") as caught:
             load_tokenizer(name)
         assert "\n" not in str(caught.value)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(str(tmp_path / "folder"))
+    assert str(caught.value) == f"data.tokenizer '{tmp_path / 'folder'}' is a folder without a tokenizer.json"
 
 
 def test_the_eos_token_is_the_named_one_or_a_usual_one() -> None:

@@ -1,5 +1,6 @@
 """Trained models on disk: what is saved is what is loaded, and what cannot be loaded is named."""
 
+import errno
 import json
 import resource
 from pathlib import Path
@@ -84,3 +85,56 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_half_written(tmp_path: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_fills_at_the_last_file_leaves_the_old_model_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "m"
+    save_model(built(), folder, LOOKUP, bpe("old"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    write_text = Path.write_text
+
+    def full(path: Path, *args: object, **options: object) -> int:
+        if path.name == "tokenizer.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(ConfigError) as caught:
+            save_model(built(d_model=64), target, LOOKUP, bpe("new"))
+        assert str(caught.value) == f"cannot write '{target / 'tokenizer.json'}': No space left on device"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_swap_that_fails_brings_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "m"
+    save_model(built(), folder, LOOKUP)
+    before = (folder / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name == "draft":
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ConfigError, match=r"cannot write '.*m': Permission denied"):
+        save_model(built(), folder, LOOKUP)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_new_model_replaces_the_old_one_and_leaves_other_files_alone(tmp_path: Path) -> None:
+    folder, link = tmp_path / "m", tmp_path / "link"
+    save_model(built(), folder, LOOKUP, bpe("old"))
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("kept")
+    link.symlink_to(folder)
+    save_model(built(d_model=64), link, LOOKUP)
+    assert load_model(folder).config.d_model == 64
+    assert (folder / "notes" / "a.txt").read_text() == "kept"
+    assert not (folder / "tokenizer.json").exists()  # it was the old model's
+    assert sorted(tmp_path.iterdir()) == [link, folder]
