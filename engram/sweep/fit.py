@@ -52,6 +52,11 @@ class Curve:
         """Standard error of one rho's mean, seed effects apart: they move all means together."""
         return self.noise / float(np.sqrt(self.losses.shape[1]))
 
+    @property
+    def difference_error(self) -> float:
+        """Standard error of the difference of two rhos' means."""
+        return self.mean_error * float(np.sqrt(2))
+
     @classmethod
     def from_points(cls, points: list[tuple[float, int, float]]) -> Curve:
         """From (rho, seed, loss); only seeds that every rho has are used. Raises ValueError if no seed has all."""
@@ -99,7 +104,7 @@ def _kernel(a: Floats, b: Floats, length: float, height: float) -> Floats:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with a two-sided 95 % interval."""
+    """An estimate with a two-sided 95 % interval; the ends are not numbers where the noise is unknown."""
 
     value: float
     low: float
@@ -110,8 +115,10 @@ class Interval:
 class Fit:
     """What a curve of losses says.
 
-    `best_quadratic`, `best_smooth`: rho with the least fitted loss, within the rhos that were run. `gain_all_experts`,
-    `gain_all_memory`: loss at the highest and lowest rho less the least loss of the smooth curve.
+    `best_quadratic`, `best_smooth`: rho with the least fitted loss, within the rhos that were run. `lack_of_fit`: how
+    likely means as far from a parabola would be if the truth were one (an F test). `gain_over_highest`,
+    `gain_over_lowest`: mean loss at the highest and the lowest rho less the least mean between them, with an interval
+    that holds for every choice of a rho between them at once (Bonferroni).
     """
 
     grid: Floats
@@ -119,8 +126,9 @@ class Fit:
     smooth: Floats
     best_quadratic: Interval
     best_smooth: Interval
-    gain_all_experts: Interval
-    gain_all_memory: Interval
+    lack_of_fit: float
+    gain_over_highest: Interval
+    gain_over_lowest: Interval
     verdict: Verdict
     reason: str
 
@@ -133,32 +141,61 @@ def fit(curve: Curve, seed: int = 0, draws: int = _DRAWS) -> Fit:
     error = 0.0 if np.isnan(curve.noise) else curve.mean_error
     smooth = Smoother(curve.rho, grid, error, float(np.ptp(curve.means)))
 
-    def summary(means: Floats) -> Floats:
-        """The four estimates, `[..., 4]`, for means `[..., R]`."""
+    def best(means: Floats) -> Floats:
+        """rho of the least loss by the parabola and by the smooth curve, `[..., 2]`, for means `[..., R]`."""
         by_quadratic = quadratic(curve.rho, means.T, grid).T
-        by_smooth = smooth(means)
-        least = by_smooth.min(-1)
-        best = (grid[by_quadratic.argmin(-1)], grid[by_smooth.argmin(-1)])
-        return np.stack([*best, means[..., -1] - least, means[..., 0] - least], axis=-1)
+        return np.stack([grid[by_quadratic.argmin(-1)], grid[smooth(means).argmin(-1)]], axis=-1)
 
-    values = summary(curve.means)
-    drawn = summary(_drawn_means(curve, seed, draws))
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    intervals = [Interval(v, float(a), float(b)) for v, a, b in zip(values, low, high, strict=True)]
+    low = high = np.full(2, np.nan)
+    if not np.isnan(curve.noise):
+        drawn = best(_drawn_means(curve, seed, draws))
+        low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    best_quadratic, best_smooth = (
+        Interval(float(v), float(a), float(b)) for v, a, b in zip(best(curve.means), low, high, strict=True)
+    )
     said, reason = verdict(curve)
-    by_quadratic = quadratic(curve.rho, curve.means, grid)
-    by_smooth = smooth(curve.means)
-    best_quadratic, best_smooth, over_experts, over_memory = intervals
-    return Fit(grid, by_quadratic, by_smooth, best_quadratic, best_smooth, over_experts, over_memory, said, reason)
+    return Fit(
+        grid,
+        quadratic(curve.rho, curve.means, grid),
+        smooth(curve.means),
+        best_quadratic,
+        best_smooth,
+        lack_of_fit(curve),
+        difference(curve, -1),
+        difference(curve, 0),
+        said,
+        reason,
+    )
+
+
+def lack_of_fit(curve: Curve) -> float:
+    """The p value of the F test that a parabola goes through the true means; not a number if it cannot be told."""
+    R, S = curve.losses.shape
+    if R < 4 or not curve.freedom:
+        return float("nan")
+    rest = S * np.square(curve.means - quadratic(curve.rho, curve.means, curve.rho)).sum() / (R - 3)
+    return float(stats.f.sf(rest / curve.noise**2, R - 3, curve.freedom))
+
+
+def difference(curve: Curve, end: int) -> Interval:
+    """The mean at an end (0 or -1) less the least mean between the ends."""
+    means, R = curve.means, len(curve.rho)
+    value = float(means[end] - means[1:-1].min())
+    level = 1 - (1 - CONFIDENCE) / 2 / (R - 2)
+    half = float(stats.t.ppf(level, curve.freedom) * curve.difference_error) if curve.freedom else float("nan")
+    return Interval(value, value - half, value + half)
 
 
 def _drawn_means(curve: Curve, seed: int, draws: int) -> Floats:
-    """Means as other seeds might have given them, `[draws, R]`; the means themselves where the noise is unknown."""
-    if np.isnan(curve.noise):
-        return curve.means[None]
+    """Means as other seeds might have given them, `[draws, R]`."""
     generator = np.random.default_rng(seed)
     scale = curve.mean_error * np.sqrt(curve.freedom / generator.chisquare(curve.freedom, size=(draws, 1)))
     return curve.means + scale * generator.standard_normal((draws, len(curve.rho)))
+
+
+def t_quantile(curve: Curve) -> float:
+    """Half the width of a two-sided 95 % interval in standard errors; not a number where the noise is unknown."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, curve.freedom)) if curve.freedom else float("nan")
 
 
 def verdict(curve: Curve) -> tuple[Verdict, str]:
@@ -166,41 +203,35 @@ def verdict(curve: Curve) -> tuple[Verdict, str]:
 
     Differences of two means are tested one-sided at 95 % by t with the pooled noise.
     U-shaped: some rho between the ends has a loss below both ends, at a level divided by the number of such rhos, since
-    the best of several is chosen. Monotone: one end is below the other end and below its nearest neighbour, and no rho
-    has a smaller mean. Otherwise not resolved, as with one seed, whose noise is unknown.
+    the best of several is chosen. Monotone: one end has the least mean, is below the other end and below its nearest
+    neighbour, and from there on no step to the next rho goes down. Otherwise not resolved, as with one seed, whose
+    noise is unknown.
     """
-    means = curve.means
-    ends = {0: "lowest", len(means) - 1: "highest"}
-    if np.isnan(curve.noise) or len(means) < 3:
+    means, rho = curve.means, curve.rho
+    last = len(means) - 1
+    if np.isnan(curve.noise) or last < 2:
         return "not resolved", "the noise between seeds is unknown: two seeds or more and three rhos or more are needed"
-    difference_error = curve.mean_error * np.sqrt(2)
 
-    def below(i: int, j: int, level: float) -> bool:
-        """Whether mean i is below mean j at a one-sided confidence of `level`."""
-        return bool(means[j] - means[i] > stats.t.ppf(level, curve.freedom) * difference_error)
+    def needed(level: float) -> float:
+        """The least difference of two means that is told from noise at a one-sided confidence of `level`."""
+        return float(stats.t.ppf(level, curve.freedom) * curve.difference_error)
 
-    inner = range(1, len(means) - 1)
-    level = 1 - (1 - CONFIDENCE) / len(inner)
-    sure = [i for i in inner if all(below(i, end, level) for end in ends)]
-    if sure:
-        i = min(sure, key=lambda i: means[i])
-        return "U-shaped", (
-            f"the loss at rho {curve.rho[i]:.2f} is {means[0] - means[i]:.4f} below that at rho {curve.rho[0]:.2f} and "
-            f"{means[-1] - means[i]:.4f} below that at rho {curve.rho[-1]:.2f}, with noise of {difference_error:.4f}"
-        )
-    best = int(means.argmin())
-    if best in ends:
-        other = len(means) - 1 - best
-        neighbour = 1 if best == 0 else len(means) - 2
-        if below(best, other, CONFIDENCE) and below(best, neighbour, CONFIDENCE):
-            return "monotone", (
-                f"the loss is least at the {ends[best]} rho, {curve.rho[best]:.2f}: "
-                f"{means[other] - means[best]:.4f} below the other end and {means[neighbour] - means[best]:.4f} below "
-                f"rho {curve.rho[neighbour]:.2f}, with noise of {difference_error:.4f}"
-            )
-    runner_up = int(np.argsort(means)[1])
-    return "not resolved", (
-        f"the least loss is at rho {curve.rho[best]:.2f}, but differences that would make it a U or a slope are within "
-        f"the noise of {difference_error:.4f} (next best: rho {curve.rho[runner_up]:.2f}, "
-        f"{means[runner_up] - means[best]:.4f} above)"
+    inner = range(1, last)
+    strict, plain = needed(1 - (1 - CONFIDENCE) / len(inner)), needed(CONFIDENCE)
+    at = min(inner, key=lambda i: means[i])
+    lower, upper = (
+        f"{abs(g):.4f} {'below' if g >= 0 else 'above'}" for g in (means[0] - means[at], means[-1] - means[at])
     )
+    below = f"the loss at rho {rho[at]:.2f} is {lower} that at rho {rho[0]:.2f} and {upper} that at rho {rho[-1]:.2f}"
+    if min(means[0], means[-1]) - means[at] > strict:
+        return "U-shaped", f"{below}, each more than the {strict:.4f} that noise could give"
+    best = int(means.argmin())
+    if best in (0, last):
+        away = means if best == 0 else means[::-1]  # from the least loss to the other end
+        steps = np.diff(away)
+        if away[-1] - away[0] > plain and steps[0] > plain and steps.min() > -plain:
+            return "monotone", (
+                f"the loss is least at rho {rho[best]:.2f}, {away[-1] - away[0]:.4f} below the other end and "
+                f"{steps[0]:.4f} below its neighbour, each more than the {plain:.4f} that noise could give"
+            )
+    return "not resolved", f"{below}; a U needs more than {strict:.4f} on both sides"

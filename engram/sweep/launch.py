@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from engram.config import ConfigError, require
 from engram.sweep.plan import Point, SweepPlan
@@ -131,8 +132,14 @@ def is_finished(point: Point) -> bool:
 
 
 def read_result(point: Point) -> dict[str, Any]:
-    """What a finished point's run recorded."""
-    return dict(json.loads((point.folder / RESULT).read_text(encoding="utf-8")))
+    """What a finished point's run recorded. Raises `ConfigError` naming a file that cannot be read."""
+    path = point.folder / RESULT
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(
+            f"result {str(path)!r} cannot be read ({error}): delete it to train the point again"
+        ) from error
 
 
 def require_corpus(points: Sequence[Point], corpus_hash: str) -> None:
@@ -159,9 +166,20 @@ def run_sweep(plan: SweepPlan, executor: Executor | None = None, display: Displa
     """Train all points that are not finished; returns those that failed for good.
 
     An interrupt (Ctrl-C) stops the running points; finished ones stay, and the next call goes on where they were.
-    Raises `ConfigError` if finished points were trained on another corpus.
+    Raises `ConfigError` if finished points were trained on another corpus, or the sweep is being run already.
     """
     points = plan.points()
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(plan.folder / "running.lock", timeout=0):
+            return _run_points(plan, points, executor, display)
+    except Timeout as error:
+        raise ConfigError(f"sweep {plan.name!r} is being run already in {str(plan.folder)!r}") from error
+
+
+def _run_points(
+    plan: SweepPlan, points: Sequence[Point], executor: Executor | None, display: Display | None
+) -> list[Failure]:
     executor = executor or LocalExecutor(plan.workers, plan.threads)
     display = display or make_display()
     waiting = [p for p in points if not is_finished(p)]
@@ -185,6 +203,7 @@ class _Supervisor:
         with ExitStack() as stack:
             stack.callback(self._stop_all)
             stack.enter_context(self.display)
+            self.display.expect(len(points))
             for point in points:
                 if point not in waiting:
                     self.display.finished(point.name, skipped=True)

@@ -71,6 +71,9 @@ class SweepPlan:
         require_one_of("precision", self.precision, Precision)
         require(MAIN_VARIANT not in self.variants, "variants", MAIN_VARIANT, "any name but that of the main curve")
         for name, variant in self.variants.items():
+            require(
+                name.replace("_", "").replace("-", "").isalnum(), "variants", name, "names of letters, digits, - and _"
+            )
             _check_points(f"variants.{name}.", variant.rho, variant.seeds)
         for name in ("evaluations", "threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
@@ -125,6 +128,7 @@ class SweepPlan:
         for variant, settings in curves.items():
             base = _with_memory(self.base, settings.memory)
             configs = {rho: _named_split(base, rho, self, variant) for rho in settings.rho or self.rho}
+            require(len(set(configs.values())) == len(configs), "rho", tuple(configs), "values that split differently")
             for seed in settings.seeds or self.seeds:
                 for rho, config in configs.items():
                     yield Point(self, variant, rho, seed, config)
@@ -208,8 +212,9 @@ def _check_points(where: str, rho: tuple[float, ...], seeds: tuple[int, ...]) ->
         require(len(set(values)) == len(values), f"{where}{name}", values, "values that differ from each other")
 
 
-def plan_table(plan: SweepPlan, workers: int) -> str:
-    """The points as a text table, with what each holds, its deviation from the budget, and how long it may take."""
+def plan_table(plan: SweepPlan, workers: int = 0) -> str:
+    """The points as a text table, with what each holds, its deviation from the budget, and with `workers` at once how
+    long training may take."""
     points = plan.points()
     whole = ParameterBudget.of(plan.base, plan.data.seq_len)
     lines = [
@@ -228,7 +233,7 @@ def plan_table(plan: SweepPlan, workers: int) -> str:
             + ",".join(str(p.seed) for p in same)
         )
     lines.append(f"{len(points)} points of {plan.steps} steps, {plan.steps * plan.tokens_per_step:,} tokens each")
-    if plan.tokens_per_s:
+    if plan.tokens_per_s and workers:
         seconds = len(points) * plan.steps * plan.tokens_per_step / plan.tokens_per_s / workers
         lines.append(
             f"about {seconds / 60:.0f} minutes of training: {workers} workers at {plan.tokens_per_s:,.0f} tokens/s each"

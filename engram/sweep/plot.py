@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ matplotlib.use("Agg")  # files only: no screen is needed
 
 import matplotlib.pyplot as plt
 
+from engram.sweep.fit import CONFIDENCE
 from engram.sweep.plan import MAIN_VARIANT
 from engram.sweep.results import Measured, Row, curve_of
 from engram.training.atomic import atomic_file
@@ -44,7 +46,8 @@ def draw(rows: Sequence[Row], measured: Sequence[Measured], title: str) -> Any:
 def _draw_curve(axes: Any, measured: Measured) -> None:
     curve, fitted = measured.curve, measured.fitted
     best = fitted.best_smooth
-    axes.axvspan(best.low, best.high, color=_ORANGE, alpha=0.12, lw=0, label="95 % interval of ρ*")  # noqa: RUF001
+    if not math.isnan(best.low):
+        axes.axvspan(best.low, best.high, color=_ORANGE, alpha=0.12, lw=0, label="95 % interval of ρ*")  # noqa: RUF001
     axes.axvline(best.value, color=_ORANGE, lw=1, ls=":")
     axes.plot(fitted.grid, fitted.smooth, color=_ORANGE, lw=2, label=f"smooth fit, ρ* = {best.value:.2f}")  # noqa: RUF001
     axes.plot(
@@ -53,7 +56,8 @@ def _draw_curve(axes: Any, measured: Measured) -> None:
         color=_GREY,
         lw=1.2,
         ls="--",
-        label=f"quadratic fit, ρ* = {fitted.best_quadratic.value:.2f}",  # noqa: RUF001
+        label=f"quadratic fit, ρ* = {fitted.best_quadratic.value:.2f}"  # noqa: RUF001
+        + (" (it does not fit)" if fitted.lack_of_fit < 1 - CONFIDENCE else ""),
     )
     for losses in curve.losses.T:
         axes.plot(curve.rho, losses, "o", color=_BLUE, ms=3.5, alpha=0.45)
@@ -62,10 +66,10 @@ def _draw_curve(axes: Any, measured: Measured) -> None:
     axes.errorbar(curve.rho, curve.means, spread, fmt="o", color=_BLUE, ms=6, capsize=3, label=label, zorder=3)
     axes.set_xlabel(_AXIS)
     axes.set_ylabel("validation loss, nats per token")
-    for name, rho, side in (("all memory", curve.rho[0], "left"), ("all experts", curve.rho[-1], "right")):
+    for end, side in ((0, "left"), (-1, "right")):
         axes.annotate(
-            name,
-            (rho, 0),
+            end_name(curve.rho[end]),
+            (curve.rho[end], 0),
             xycoords=("data", "axes fraction"),
             xytext=(2 if side == "left" else -2, 4),
             textcoords="offset points",
@@ -76,22 +80,27 @@ def _draw_curve(axes: Any, measured: Measured) -> None:
     # Above the axes, as a U leaves no corner free.
     axes.legend(frameon=False, fontsize=9, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))
     gains = (
-        f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}] below all {end}"
-        for end, gain in (("experts", fitted.gain_all_experts), ("memory", fitted.gain_all_memory))
+        f"least mean {gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}] below {end_name(curve.rho[end])}"
+        for end, gain in ((-1, fitted.gain_over_highest), (0, fitted.gain_over_lowest))
     )
     axes.set_title(f"{measured.name}: {fitted.verdict}\n" + "\n".join(gains), fontsize=10, loc="left", pad=44)
     axes.grid(alpha=0.25)
 
 
+def end_name(rho: float) -> str:
+    """What the end of a curve is called."""
+    return {0.0: "all memory", 1.0: "all experts"}.get(float(rho), f"rho {rho:.2f}")
+
+
 def _draw_tokens(axes: Any, measured: Sequence[Measured]) -> None:
-    """The same runs at each validation, less the pure mixture's loss there, so that shapes can be compared."""
+    """The same runs at each validation, less the loss at the highest rho, so that shapes can be compared."""
     for i, m in enumerate(measured):
         relative = m.curve.means - m.curve.means[-1]
         colour = plt.get_cmap("viridis")(0.9 - 0.8 * i / max(1, len(measured) - 1))
         axes.plot(m.curve.rho, relative, "o-", ms=3, lw=1.2, color=colour, label=f"{m.tokens / 1e6:.2g}M")
         at = int(relative.argmin())
         axes.plot(m.curve.rho[at], relative[at], "o", ms=8, mfc="none", color=colour)
-    axes.set_ylabel("loss − loss at ρ = 1", fontsize=9)  # noqa: RUF001
+    axes.set_ylabel(f"loss − loss at ρ = {measured[-1].curve.rho[-1]:.2g}", fontsize=9)  # noqa: RUF001
     axes.set_xlabel("ρ, least loss circled, after this many tokens:", fontsize=9)  # noqa: RUF001
     axes.legend(frameon=False, fontsize=8, ncol=2)
     axes.grid(alpha=0.25)
@@ -131,10 +140,10 @@ def draw_domains(rows: Sequence[Row]) -> Any:
             curve.means - curve.means[-1],
             "o-",
             color=colour,
-            label=f"{name} ({curve.means[-1]:.3f} at ρ = 1)",  # noqa: RUF001
+            label=f"{name} ({curve.means[-1]:.3f} at ρ = {curve.rho[-1]:.2g})",  # noqa: RUF001
         )
     axes.set_xlabel(_AXIS)
-    axes.set_ylabel("bits per byte − those at ρ = 1")  # noqa: RUF001
+    axes.set_ylabel("bits per byte − those at the highest ρ")  # noqa: RUF001
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     return figure

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _LINE_SECONDS = 30.0
@@ -22,6 +23,9 @@ class Display(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    def expect(self, points: int) -> None:
+        """How many points the sweep has, told first."""
 
     def started(self, name: str, progress_file: Path) -> None:
         """A point began or went on; its run writes `progress_file`."""
@@ -65,6 +69,9 @@ class LineDisplay:
         if kind is not None:
             self.note("stopped: finished points are kept, the others go on at their last checkpoint next time")
 
+    def expect(self, points: int) -> None:
+        self.note(f"{points} points")
+
     def started(self, name: str, progress_file: Path) -> None:
         self._files[name] = progress_file
         self.note(f"started {name}")
@@ -87,13 +94,23 @@ class LineDisplay:
 
 
 class BarDisplay:
-    """A bar for each running point, with loss, speed and time left."""
+    """A bar for each running point, with loss and speed, and one for the whole sweep, each with the time left.
 
-    def __init__(self) -> None:
+    Args:
+        console: where to draw; standard output if None.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn()
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(),
+            console=console,
         )
         self._tasks: dict[str, tuple[TaskID, Path]] = {}
+        self._whole = self._progress.add_task("sweep", said="")
+        self._done = self._trained = self._points = 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -106,21 +123,47 @@ class BarDisplay:
         if kind is not None:
             print("stopped: finished points are kept, the others go on at their last checkpoint next time")
 
+    @property
+    def renderable(self) -> Progress:
+        """What is drawn, for a console."""
+        return self._progress
+
+    @property
+    def share(self) -> float:
+        """How much of the training that this run of the sweep has to do is done, 0 to 1."""
+        whole = self._progress.tasks[self._whole]
+        return whole.completed / (whole.total or 1)
+
+    def expect(self, points: int) -> None:
+        self._points = points
+
     def started(self, name: str, progress_file: Path) -> None:
         if name not in self._tasks:
-            self._tasks[name] = (self._progress.add_task(name, said=""), progress_file)
+            self._tasks[name] = (self._progress.add_task(_without_fingerprint(name), said="starting"), progress_file)
 
     def finished(self, name: str, skipped: bool = False) -> None:
         if name in self._tasks:
             self._progress.remove_task(self._tasks.pop(name)[0])
+        self._done += 1
+        self._trained += not skipped
         self.note(f"{'already done' if skipped else 'done'} {name}")
 
     def note(self, text: str) -> None:
         self._progress.console.print(text, highlight=False)
 
     def refresh(self) -> None:
+        running = 0.0
         for task, path in self._tasks.values():
             if p := read_progress(path):
-                loss = "" if p["loss"] is None else f"loss {p['loss']:.3f}  "
-                said = f"{p['tokens'] / 1e6:.2f}M tokens  {loss}{p['tokens_per_s']:,.0f} tok/s"
+                loss = "" if p["loss"] is None else f"{p['loss']:.3f} "
+                said = f"{p['tokens'] / 1e6:.1f}M {loss}{p['tokens_per_s'] / 1e3:.1f}k tok/s"
                 self._progress.update(task, completed=p["step"], total=p["steps"], said=said)
+                running += p["step"] / p["steps"]
+        # Points that were done before take no time now, so they count for nothing in the time left.
+        to_train = self._points - (self._done - self._trained)
+        said = f"{self._done} of {self._points} done"
+        self._progress.update(self._whole, completed=self._trained + running, total=to_train, said=said)
+
+
+def _without_fingerprint(name: str) -> str:
+    return name.rpartition("-")[0]

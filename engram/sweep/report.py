@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from engram.config import ConfigError
-from engram.sweep.fit import CONFIDENCE, Interval
-from engram.sweep.plan import SweepPlan, plan_table
-from engram.sweep.plot import draw, draw_domains, inline_png, save_png
+from engram.sweep.fit import CONFIDENCE, Interval, t_quantile
+from engram.sweep.plan import MAIN_VARIANT, SweepPlan, plan_table
+from engram.sweep.plot import draw, draw_domains, end_name, inline_png, save_png
 from engram.sweep.results import Measured, Row, collect, measure, write_csv
 from engram.training.atomic import atomic_file
+from engram.training.recorder import RESULT
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-size:13px;margin:1rem 0}th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px
@@ -34,7 +36,11 @@ def write_report(plan: SweepPlan) -> list[Path]:
     """
     rows = collect(plan)
     if not rows:
-        raise ConfigError(f"no point of sweep {plan.name!r} is finished in {str(plan.folder)!r}: run the sweep first")
+        others = sum(1 for _ in plan.folder.glob(f"points/*/{RESULT}"))
+        told = f" ({others} finished points there have other settings)" if others else ""
+        raise ConfigError(
+            f"no point of sweep {plan.name!r} is finished in {str(plan.folder)!r}{told}: run the sweep first"
+        )
     try:
         measured = measure(rows)
     except ValueError as error:
@@ -59,7 +65,12 @@ def _at_the_end(measured: Sequence[Measured]) -> list[Measured]:
 def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], title: str) -> str:
     last = [r for r in rows if r.final]
     done, wanted = len(last), len(plan.points())
+    finished = {r.point for r in last}
+    missing = [p.name for p in plan.points() if p.name not in finished]
     end = _at_the_end(measured)
+    differences = [line for m in end for line in _versus(rows, m)]
+    head = ["variant", "rho", "on", "seeds", "nats above engram", "95 % interval"]
+    versus = ["<h2>Rivals and controls against engram at the same rho</h2>", _table(head, differences)]
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(title)}</h1>",
@@ -70,20 +81,22 @@ def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], ti
         "learns that is a matter of chance, so the total loss can be noisier than the loss on new pairs.</p>",
         "<h2>The optimum and what it gains</h2>",
         *(part for m in end for part in _optimum(m)),
-        "<p>Noise is the standard deviation of what rho and seed do not explain. Runs of one seed share data order and "
-        "initial seed, so a seed's effect on all of them is taken out. Intervals come from 2000 draws of the means "
-        "from that noise, its own uncertainty included (a handful of seeds is too few to resample). A gain is against "
-        "the least point of the smooth curve, which is a Gaussian process, so it is biased upwards where all "
-        "differences are noise; the verdict does not use it.</p>",
+        "<p>Noise is the standard deviation of what rho and seed do not explain, taken to be the same at every rho. "
+        "Runs of one seed share data order and initial seed, so a seed's effect on all of them is taken out. Intervals "
+        "of rho* come from 2000 draws of the means from that noise, its own uncertainty included (a handful of seeds "
+        "is too few to resample); the smooth curve is a Gaussian process. Intervals below the ends are those of t, for "
+        "all rhos between the ends at once.</p>",
         f"<p>Rule of the verdict, each difference tested one-sided at {CONFIDENCE:.0%} by t with the pooled noise: "
         "<i>U-shaped</i> if a rho between the ends lies below both ends (level divided by the number of such rhos); "
-        "<i>monotone</i> if one end has the least loss, below the other end and below its own neighbour; otherwise "
-        "<i>not resolved</i>.</p>",
+        "<i>monotone</i> if one end has the least loss, below the other end and below its own neighbour, and no step "
+        "from there goes down; otherwise <i>not resolved</i>.</p>",
         "<h2>How the optimum moves with training</h2>",
         _table(
-            ["on", "tokens", "rho*", "95 % interval", "gain over all experts", "over all memory", "verdict"],
+            ["on", "tokens", "rho*, smooth curve", "below the highest rho", "below the lowest rho", "verdict"],
             [_move(m) for m in measured],
         ),
+        "<p>Validations before the last are of the same runs on their way, at learning rates not yet decayed to the "
+        "end: they show how a run's curve moves, not what a shorter run would have ended at.</p>",
         "<h2>By domain</h2>",
         f"<img alt='bits per byte by domain' src='{inline_png(draw_domains(rows))}'>",
         "<h2>Losses after the last token</h2>",
@@ -91,13 +104,17 @@ def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], ti
             ["variant", "rho", "experts", "rows a head", "seeds", "nats", "s.d.", *_MEANS],
             _losses(last),
         ),
+        *(versus if differences else []),
         "<h2>Budgets</h2>",
-        f"<pre>{html.escape(plan_table(plan, max(1, plan.workers)))}</pre>",
+        "<p>P_tot: all parameters but embedding and head. P_act: those a token uses. rho: the share of the others that "
+        "experts hold.</p>",
+        f"<pre>{html.escape(plan_table(plan))}</pre>",
         "<h2>How it was made</h2>",
         _table(
             ["", ""],
             [
                 ["points finished", f"{done} of {wanted}"],
+                ["not finished", html.escape(", ".join(missing)) or "none"],
                 ["corpus hash", ", ".join(sorted({r.corpus_hash for r in rows}))],
                 ["hardware", html.escape(", ".join(sorted({r.device for r in rows})))],
                 ["torch", ", ".join(sorted({r.torch for r in rows}))],
@@ -111,21 +128,27 @@ def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], ti
 
 def _optimum(measured: Measured) -> list[str]:
     """Where the curve of a measure has its least loss, what that gains, and how noisy it is."""
-    fitted, curve = measured.fitted, measured.curve
+    f, curve = measured.fitted, measured.curve
+    lowest, highest = (end_name(curve.rho[end]) for end in (0, -1))
+    fits = "" if not f.lack_of_fit < 1 - CONFIDENCE else f"; a parabola does not fit (p = {f.lack_of_fit:.2g})"
     return [
         f"<h3>On {measured.name}</h3>",
         _table(
             ["", "estimate", "95 % interval"],
             [
-                _interval_row("rho*, smooth curve", fitted.best_smooth, 2),
-                _interval_row("rho*, quadratic", fitted.best_quadratic, 2),
-                _interval_row("gain over all experts, nats", fitted.gain_all_experts, 4),
-                _interval_row("gain over all memory, nats", fitted.gain_all_memory, 4),
+                ["rho*, smooth curve", f"{f.best_smooth.value:.2f}", _range(f.best_smooth, 2)],
                 [
-                    f"noise of a run, nats ({curve.losses.shape[1]} seeds)",
-                    f"{curve.noise:.4f}",
-                    f"{curve.freedom} d.f.",
+                    "rho*, quadratic" + fits,
+                    f"{f.best_quadratic.value:.2f}",
+                    "" if fits else _range(f.best_quadratic, 2),
                 ],
+                [
+                    f"least mean below {highest}, nats",
+                    f"{f.gain_over_highest.value:.4f}",
+                    _range(f.gain_over_highest, 4),
+                ],
+                [f"least mean below {lowest}, nats", f"{f.gain_over_lowest.value:.4f}", _range(f.gain_over_lowest, 4)],
+                [f"noise of a run, nats ({curve.losses.shape[1]} seeds)", _number(curve.noise), ""],
             ],
         ),
     ]
@@ -133,15 +156,26 @@ def _optimum(measured: Measured) -> list[str]:
 
 def _move(measured: Measured) -> list[str]:
     f = measured.fitted
-    return [
-        measured.name,
-        f"{measured.tokens:,}",
-        f"{f.best_smooth.value:.2f}",
-        f"{f.best_smooth.low:.2f} to {f.best_smooth.high:.2f}",
-        f"{f.gain_all_experts.value:.4f}",
-        f"{f.gain_all_memory.value:.4f}",
-        f.verdict,
-    ]
+    gains = [f"{gain.value:.4f} ({_range(gain, 4)})" for gain in (f.gain_over_highest, f.gain_over_lowest)]
+    rho = f"{f.best_smooth.value:.2f} ({_range(f.best_smooth, 2)})"
+    return [measured.name, f"{measured.tokens:,}", rho, *gains, f.verdict]
+
+
+def _versus(rows: Sequence[Row], measured: Measured) -> list[list[str]]:
+    """Each variant's loss less the main curve's at the same rho, over the seeds that both have."""
+    at_end = [r for r in rows if r.tokens == measured.tokens]
+    main = {(r.rho, r.seed): getattr(r, measured.metric) for r in at_end if r.variant == MAIN_VARIANT}
+    table = []
+    for variant, rho in dict.fromkeys((r.variant, r.rho) for r in at_end if r.variant != MAIN_VARIANT):
+        own = [r for r in at_end if (r.variant, r.rho) == (variant, rho) and (rho, r.seed) in main]
+        if own:
+            differences = [getattr(r, measured.metric) - main[rho, r.seed] for r in own]
+            mean = sum(differences) / len(own)
+            # The two runs of a seed share its effect, and each has the noise of a run of the main curve.
+            half = t_quantile(measured.curve) * measured.curve.noise * (2 / len(own)) ** 0.5
+            interval = _range(Interval(mean, mean - half, mean + half), 4)
+            table.append([html.escape(variant), f"{rho:.2f}", measured.name, str(len(own)), f"{mean:+.4f}", interval])
+    return table
 
 
 def _losses(rows: Sequence[Row]) -> list[list[str]]:
@@ -165,8 +199,14 @@ def _losses(rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
-def _interval_row(name: str, interval: Interval, digits: int) -> list[str]:
-    return [name, f"{interval.value:.{digits}f}", f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"]
+def _range(interval: Interval, digits: int) -> str:
+    if math.isnan(interval.low):
+        return "unknown: one seed"
+    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
+
+
+def _number(value: float) -> str:
+    return "unknown: one seed" if math.isnan(value) else f"{value:.4f}"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

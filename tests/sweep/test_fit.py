@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from scipy.interpolate import CubicSpline
 
-from engram.sweep.fit import Curve, Smoother, fit, quadratic, verdict
+from engram.sweep.fit import Curve, Smoother, difference, fit, lack_of_fit, quadratic, verdict
 
 RHO = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
 
@@ -66,14 +66,29 @@ def test_intervals_of_the_optimum_hold_it_about_as_often_as_they_say() -> None:
     assert inside >= 51
 
 
-def test_intervals_of_the_gains_hold_them() -> None:
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize(
+    "truth",
+    [u_shaped(0.45, 0.5), np.array([3.0, 3.0, 3.0, 3.0, 3.0, 3.3]), np.array([3.02, 3.0, 3.0, 3.0, 3.01, 3.3])],
+    ids=["parabola", "plateau", "hinge"],
+)
+def test_intervals_of_the_gains_hold_the_gain_of_the_rho_that_was_least(truth: np.ndarray, seeds: int) -> None:
     generator = np.random.default_rng(2)
-    truth = u_shaped(0.45, 0.5)
     inside = 0
-    for i in range(40):
-        result = fit(drawn(truth, 0.005, 3, generator), seed=i, draws=300)
-        inside += result.gain_all_experts.low <= truth[-1] - 3.0 <= result.gain_all_experts.high
-    assert inside >= 34
+    for _ in range(400):
+        curve = drawn(truth, 0.01, seeds, generator)
+        best = 1 + int(curve.means[1:-1].argmin())
+        gain = difference(curve, 0)
+        inside += gain.low <= truth[0] - truth[best] <= gain.high
+    assert inside / 400 > 0.93
+
+
+def test_a_parabola_that_does_not_fit_is_told() -> None:
+    generator = np.random.default_rng(6)
+    hinge = np.array([3.02, 3.0, 3.0, 3.0, 3.01, 3.3])
+    told = [[lack_of_fit(drawn(t, 0.01, 3, generator)) < 0.05 for _ in range(200)] for t in (hinge, u_shaped(0.4, 0.3))]
+    assert np.mean(told[0]) > 0.95
+    assert np.mean(told[1]) < 0.1
 
 
 def share_of_verdicts(truth: np.ndarray, noise: float, seeds: int, wanted: str, repeats: int = 300) -> float:
@@ -101,12 +116,20 @@ def test_a_slope_that_flattens_is_not_called_u_shaped() -> None:
     assert share_of_verdicts(truth, 0.005, 2, "U-shaped") < 0.05
 
 
+def test_a_zigzag_is_not_called_monotone() -> None:
+    for truth in (np.array([3.0, 3.1, 3.02, 3.1, 3.2, 3.3]), np.array([3.3, 3.2, 3.1, 3.02, 3.1, 3.0])):
+        assert share_of_verdicts(truth, 0.01, 3, "monotone") < 0.05
+
+
 def test_one_seed_resolves_nothing() -> None:
     curve = Curve(RHO, u_shaped(0.4, 1.0)[:, None])
     said, reason = verdict(curve)
     assert said == "not resolved"
     assert "two seeds" in reason
-    assert fit(curve).best_smooth.value == pytest.approx(0.4, abs=0.05)
+    result = fit(curve)
+    assert result.best_smooth.value == pytest.approx(0.4, abs=0.05)
+    for interval in (result.best_smooth, result.best_quadratic, result.gain_over_highest, result.gain_over_lowest):
+        assert np.isnan([interval.low, interval.high]).all()
 
 
 def test_the_rule_is_the_t_test_it_says() -> None:

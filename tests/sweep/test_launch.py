@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,29 @@ def test_points_of_another_corpus_are_not_mixed_in(tmp_path: Path) -> None:
     (second.folder / "result.json").unlink()
     with pytest.raises(ConfigError, match=f"{first.name}.*corpus another.*output"):
         run_sweep(plan, ScriptExecutor(FINISH), LineDisplay())
+
+
+def test_a_sweep_that_is_running_is_not_run_beside_itself(tmp_path: Path) -> None:
+    plan, _ = plan_at(tmp_path)
+
+    class AnotherDisplay(LineDisplay):
+        def started(self, name: str, progress_file: Path) -> None:
+            with pytest.raises(ConfigError, match=r"sweep 'test' is being run already in .*out"):
+                run_sweep(plan, ScriptExecutor(FINISH), LineDisplay())
+
+    assert run_sweep(plan, ScriptExecutor(FINISH), AnotherDisplay()) == []
+
+
+def test_results_and_folders_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, path = plan_at(tmp_path)
+    point = plan.points()[0]
+    point.folder.mkdir(parents=True)
+    (point.folder / "result.json").write_text('{"data"')
+    assert main(["sweep", "report", str(path)]) == 2
+    assert re.fullmatch(rf"error: result '.*{point.name}/result.json' cannot be read .*\n", capsys.readouterr().err)
+    _, path = plan_at(tmp_path, output=str(path))
+    assert main(["sweep", "run", str(path)]) == 2
+    assert re.fullmatch(r"error: cannot use '.*plan.yaml': File exists\n", capsys.readouterr().err)
 
 
 def test_fewer_workers_than_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
