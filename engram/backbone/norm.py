@@ -19,8 +19,10 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widen(x)
-        y = _Normalize.apply(wide, self.weight, self.eps) if x.device.type == "cpu" else super().forward(wide)
-        return y.type_as(x)
+        if x.device.type != "cpu":
+            return super().forward(wide).type_as(x)
+        with torch.autocast("cpu", enabled=False):  # which would take the products in it in bfloat16
+            return _Normalize.apply(wide, self.weight, self.eps).type_as(x)
 
 
 class _Normalize(torch.autograd.Function):
@@ -36,7 +38,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         n, scale, weight = ctx.saved_tensors
-        grad_weight = (grad * n).flatten(0, -2).sum(0)
+        grad_weight = (grad * n).reshape(-1, n.shape[-1]).sum(0)
         grad_n = grad * weight
         # n keeps its length whatever x does, so the part of the gradient along n is taken out.
         along = torch.linalg.vecdot(grad_n, n).unsqueeze(-1) / n.shape[-1]

@@ -50,6 +50,7 @@ class RowReader(nn.Module):
         pad, eos = (int(lookup[i]) if lookup is not None else i for i in (config.pad_id, config.eos_id))
         n_canonical = int(lookup.max()) + 1 if lookup is not None else config.vocab_size
         self.layer = layer
+        self.vocab_size = config.vocab_size
         self.hasher = NgramHasher(config, n_canonical, pad, eos)
 
     @property
@@ -69,7 +70,7 @@ class RowReader(nn.Module):
         """Rows `[B, T, H]` of T new tokens that follow `state`, and the state after them."""
         if self.lookup is None:
             return self.hasher.step(token_ids, self.layer, state, document_ids)
-        require_ids(token_ids, len(self.lookup))
+        require_ids(token_ids, self.vocab_size)
         return self.hasher.step(self.lookup[token_ids], self.layer, state, document_ids)
 
 
@@ -93,6 +94,7 @@ class PositionReader(RowReader):
         return HashState(next_position, next_position)
 
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:
+        require_ids(token_ids, self.vocab_size)
         T = token_ids.shape[1]
         position = state.ids + torch.arange(T, device=token_ids.device)
         document = torch.zeros_like(position) if document_ids is None else document_ids

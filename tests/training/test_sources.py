@@ -168,7 +168,7 @@ def test_what_is_missing_or_unreadable_is_named(tmp_path: Path) -> None:
         f"data.files: there is no file {str(tmp_path / 'none*.txt')!r}"
     )
     assert refusal("files", [path], [str(tmp_path)]) == (
-        f"data.val_files: {str(tmp_path)!r} is a folder; name its files, by a glob such as {str(tmp_path / '*.jsonl')!r}"
+        f"data.val_files: '{tmp_path}' is a folder; name its files, by a glob such as '{tmp_path}/*.jsonl'"
     )
     assert refusal("files", [path]) == "data.text_column is 'text': allowed is one of body, kind"
     assert refusal("files", [path], text_column="body", domain_column="topic") == (

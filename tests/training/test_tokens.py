@@ -133,7 +133,7 @@ def trained(model: models.Model, trainer: trainers.Trainer, words: pre_tokenizer
             pre_tokenizers.Metaspace(),
         ),
         lambda: trained(
-            models.WordPiece(unk_token="[UNK]"),  # type: ignore[call-arg]
+            models.WordPiece(unk_token="[UNK]"),
             trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"], show_progress=False),
             pre_tokenizers.BertPreTokenizer(),
         ),
