@@ -39,7 +39,7 @@ def measure(model: str, rho: float, tokens: int, folder: str) -> Speed:
     T = MODELS[model]
     data = DataConfig(vocab_size=2048, seq_len=T, batch_size=4096 // T, max_bytes=12_000_000, max_val_bytes=500_000)
     plan = SweepPlan(
-        name=f"{model}-{rho}",
+        name=model,
         model=f"configs/models/{model}.yaml",
         rho=(rho,),
         seeds=tuple(range(executor.workers)),
