@@ -7,17 +7,15 @@ learning rates, two seeds side by side on one thread each. `python benchmarks/ma
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engram.sweep.launch import LocalExecutor, run_sweep
+from engram.sweep.launch import LocalExecutor, read_result, run_sweep
 from engram.sweep.plan import SweepPlan
-from engram.training.atomic import atomic_file
+from engram.training.atomic import write_json
 from engram.training.optim import MatrixOptimizer, OptimConfig
 from engram.training.prepare import DataConfig
-from engram.training.recorder import RESULT
 
 OPTIMIZERS: tuple[MatrixOptimizer, ...] = ("adamw", "muon")
 LEARNING_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
@@ -59,7 +57,7 @@ def train(optimizer: MatrixOptimizer, lr: float, tokens: int, folder: Path) -> l
         raise SystemExit(f"{failure.point.name} failed:\n{failure.tail}")
     runs = []
     for point in plan.points():
-        result = json.loads((point.folder / RESULT).read_text(encoding="utf-8"))
+        result = read_result(point)
         loss = result["val"]["nats"]
         speed = result["tokens_per_s"]
         runs.append(Run(optimizer, lr, point.seed, result["tokens"], speed, loss, result["device"]))
@@ -90,8 +88,7 @@ def main() -> None:
                 f"{' '.join(f'{loss:.4f}' for loss in losses):>18}{statistics.mean(losses):>9.4f}"
             )
     path = RESULTS / "matrix_optimizers.json"
-    with atomic_file(path) as draft:
-        draft.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n", encoding="utf-8")
+    write_json(path, [asdict(run) for run in runs])
     print(path)
 
 

@@ -6,14 +6,13 @@ Points side by side as a sweep runs them, on the text of the Python environment.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engram.sweep.launch import LocalExecutor, read_result, run_sweep
 from engram.sweep.plan import SweepPlan
-from engram.training.atomic import atomic_file
+from engram.training.atomic import write_json
 from engram.training.prepare import DataConfig
 
 MODELS = {"nano": 128, "tiny": 256}  # and the windows their runs use; batches hold 4096 tokens
@@ -67,8 +66,7 @@ def main() -> None:
     for s in speeds:
         print(f"{s.model:<8}{s.rho:>6.1f}{s.workers:>9}{s.tokens_per_s:>15,.0f}{s.total_tokens_per_s:>10,.0f}")
     path = RESULTS / "training_speed.json"
-    with atomic_file(path) as draft:
-        draft.write_text(json.dumps([asdict(s) for s in speeds], indent=1) + "\n", encoding="utf-8")
+    write_json(path, [asdict(s) for s in speeds])
     print(path)
 
 

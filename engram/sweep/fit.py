@@ -52,10 +52,11 @@ class Curve:
         """Standard error of one rho's mean, seed effects apart: they move all means together."""
         return self.noise / float(np.sqrt(self.losses.shape[1]))
 
-    @property
-    def difference_error(self) -> float:
-        """Standard error of the difference of two rhos' means."""
-        return self.mean_error * float(np.sqrt(2))
+    def margin(self, level: float, seeds: int | None = None) -> float:
+        """What noise alone could give the difference of two means over `seeds` seeds (None: this curve's), by t at a
+        one-sided confidence of `level`; not a number where the noise is unknown."""
+        error = self.noise * float(np.sqrt(2 / (seeds or self.losses.shape[1])))
+        return float(stats.t.ppf(level, self.freedom) * error) if self.freedom else float("nan")
 
     @classmethod
     def from_points(cls, points: list[tuple[float, int, float]]) -> Curve:
@@ -110,6 +111,10 @@ class Interval:
     low: float
     high: float
 
+    def span(self, digits: int) -> str:
+        """The ends in words."""
+        return "unknown: one seed" if np.isnan(self.low) else f"{self.low:.{digits}f} to {self.high:.{digits}f}"
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -131,6 +136,11 @@ class Fit:
     gain_over_lowest: Interval
     verdict: Verdict
     reason: str
+
+    @property
+    def is_no_parabola(self) -> bool:
+        """Whether the means lie too far from any parabola for one to be the truth."""
+        return self.lack_of_fit < 1 - CONFIDENCE
 
 
 def fit(curve: Curve, seed: int = 0, draws: int = _DRAWS) -> Fit:
@@ -181,8 +191,7 @@ def difference(curve: Curve, end: int) -> Interval:
     """The mean at an end (0 or -1) less the least mean between the ends."""
     means, R = curve.means, len(curve.rho)
     value = float(means[end] - means[1:-1].min())
-    level = 1 - (1 - CONFIDENCE) / 2 / (R - 2)
-    half = float(stats.t.ppf(level, curve.freedom) * curve.difference_error) if curve.freedom else float("nan")
+    half = curve.margin(1 - (1 - CONFIDENCE) / 2 / (R - 2))
     return Interval(value, value - half, value + half)
 
 
@@ -191,11 +200,6 @@ def _drawn_means(curve: Curve, seed: int, draws: int) -> Floats:
     generator = np.random.default_rng(seed)
     scale = curve.mean_error * np.sqrt(curve.freedom / generator.chisquare(curve.freedom, size=(draws, 1)))
     return curve.means + scale * generator.standard_normal((draws, len(curve.rho)))
-
-
-def t_quantile(curve: Curve) -> float:
-    """Half the width of a two-sided 95 % interval in standard errors; not a number where the noise is unknown."""
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, curve.freedom)) if curve.freedom else float("nan")
 
 
 def verdict(curve: Curve) -> tuple[Verdict, str]:
@@ -212,12 +216,8 @@ def verdict(curve: Curve) -> tuple[Verdict, str]:
     if np.isnan(curve.noise) or last < 2:
         return "not resolved", "the noise between seeds is unknown: two seeds or more and three rhos or more are needed"
 
-    def needed(level: float) -> float:
-        """The least difference of two means that is told from noise at a one-sided confidence of `level`."""
-        return float(stats.t.ppf(level, curve.freedom) * curve.difference_error)
-
     inner = range(1, last)
-    strict, plain = needed(1 - (1 - CONFIDENCE) / len(inner)), needed(CONFIDENCE)
+    strict, plain = curve.margin(1 - (1 - CONFIDENCE) / len(inner)), curve.margin(CONFIDENCE)
     at = min(inner, key=lambda i: means[i])
     lower, upper = (
         f"{abs(g):.4f} {'below' if g >= 0 else 'above'}" for g in (means[0] - means[at], means[-1] - means[at])

@@ -27,8 +27,7 @@ from engram.sweep.progress import Display, make_display
 from engram.training.atomic import atomic_file
 from engram.training.data import TokenData
 from engram.training.environment import training_environment
-from engram.training.main import EXIT_BAD_SETTING, EXIT_NON_FINITE
-from engram.training.recorder import PROGRESS, RESULT
+from engram.training.recorder import EXIT_BAD_SETTING, EXIT_NON_FINITE, PROGRESS, RESULT
 
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 10.0

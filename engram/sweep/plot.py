@@ -16,7 +16,6 @@ matplotlib.use("Agg")  # files only: no screen is needed
 
 import matplotlib.pyplot as plt
 
-from engram.sweep.fit import CONFIDENCE
 from engram.sweep.plan import MAIN_VARIANT
 from engram.sweep.results import Measured, Row, curve_of
 from engram.training.atomic import atomic_file
@@ -57,7 +56,7 @@ def _draw_curve(axes: Any, measured: Measured) -> None:
         lw=1.2,
         ls="--",
         label=f"quadratic fit, ρ* = {fitted.best_quadratic.value:.2f}"  # noqa: RUF001
-        + (" (it does not fit)" if fitted.lack_of_fit < 1 - CONFIDENCE else ""),
+        + (" (it does not fit)" if fitted.is_no_parabola else ""),
     )
     for losses in curve.losses.T:
         axes.plot(curve.rho, losses, "o", color=_BLUE, ms=3.5, alpha=0.45)
@@ -80,7 +79,7 @@ def _draw_curve(axes: Any, measured: Measured) -> None:
     # Above the axes, as a U leaves no corner free.
     axes.legend(frameon=False, fontsize=9, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))
     gains = (
-        f"least mean {gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}] below {end_name(curve.rho[end])}"
+        f"least mean {gain.value:.4f} below {end_name(curve.rho[end])} ({gain.span(4)})"
         for end, gain in ((-1, fitted.gain_over_highest), (0, fitted.gain_over_lowest))
     )
     axes.set_title(f"{measured.name}: {fitted.verdict}\n" + "\n".join(gains), fontsize=10, loc="left", pad=44)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engram.config import ConfigError
-from engram.sweep.fit import CONFIDENCE, Interval, t_quantile
+from engram.sweep.fit import CONFIDENCE, Interval
 from engram.sweep.plan import MAIN_VARIANT, SweepPlan, plan_table
 from engram.sweep.plot import draw, draw_domains, end_name, inline_png, save_png
 from engram.sweep.results import Measured, Row, collect, measure, write_csv
@@ -130,24 +130,24 @@ def _optimum(measured: Measured) -> list[str]:
     """Where the curve of a measure has its least loss, what that gains, and how noisy it is."""
     f, curve = measured.fitted, measured.curve
     lowest, highest = (end_name(curve.rho[end]) for end in (0, -1))
-    fits = "" if not f.lack_of_fit < 1 - CONFIDENCE else f"; a parabola does not fit (p = {f.lack_of_fit:.2g})"
+    misfit = f"; a parabola does not fit (p = {f.lack_of_fit:.2g})" if f.is_no_parabola else ""
     return [
         f"<h3>On {measured.name}</h3>",
         _table(
             ["", "estimate", "95 % interval"],
             [
-                ["rho*, smooth curve", f"{f.best_smooth.value:.2f}", _range(f.best_smooth, 2)],
+                ["rho*, smooth curve", f"{f.best_smooth.value:.2f}", f.best_smooth.span(2)],
                 [
-                    "rho*, quadratic" + fits,
+                    "rho*, quadratic" + misfit,
                     f"{f.best_quadratic.value:.2f}",
-                    "" if fits else _range(f.best_quadratic, 2),
+                    "" if misfit else f.best_quadratic.span(2),
                 ],
                 [
                     f"least mean below {highest}, nats",
                     f"{f.gain_over_highest.value:.4f}",
-                    _range(f.gain_over_highest, 4),
+                    f.gain_over_highest.span(4),
                 ],
-                [f"least mean below {lowest}, nats", f"{f.gain_over_lowest.value:.4f}", _range(f.gain_over_lowest, 4)],
+                [f"least mean below {lowest}, nats", f"{f.gain_over_lowest.value:.4f}", f.gain_over_lowest.span(4)],
                 [f"noise of a run, nats ({curve.losses.shape[1]} seeds)", _number(curve.noise), ""],
             ],
         ),
@@ -156,8 +156,8 @@ def _optimum(measured: Measured) -> list[str]:
 
 def _move(measured: Measured) -> list[str]:
     f = measured.fitted
-    gains = [f"{gain.value:.4f} ({_range(gain, 4)})" for gain in (f.gain_over_highest, f.gain_over_lowest)]
-    rho = f"{f.best_smooth.value:.2f} ({_range(f.best_smooth, 2)})"
+    gains = [f"{gain.value:.4f} ({gain.span(4)})" for gain in (f.gain_over_highest, f.gain_over_lowest)]
+    rho = f"{f.best_smooth.value:.2f} ({f.best_smooth.span(2)})"
     return [measured.name, f"{measured.tokens:,}", rho, *gains, f.verdict]
 
 
@@ -172,8 +172,8 @@ def _versus(rows: Sequence[Row], measured: Measured) -> list[list[str]]:
             differences = [getattr(r, measured.metric) - main[rho, r.seed] for r in own]
             mean = sum(differences) / len(own)
             # The two runs of a seed share its effect, and each has the noise of a run of the main curve.
-            half = t_quantile(measured.curve) * measured.curve.noise * (2 / len(own)) ** 0.5
-            interval = _range(Interval(mean, mean - half, mean + half), 4)
+            half = measured.curve.margin((1 + CONFIDENCE) / 2, len(own))
+            interval = Interval(mean, mean - half, mean + half).span(4)
             table.append([html.escape(variant), f"{rho:.2f}", measured.name, str(len(own)), f"{mean:+.4f}", interval])
     return table
 
@@ -197,12 +197,6 @@ def _losses(rows: Sequence[Row]) -> list[list[str]]:
             ]
         )
     return table
-
-
-def _range(interval: Interval, digits: int) -> str:
-    if math.isnan(interval.low):
-        return "unknown: one seed"
-    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
 
 def _number(value: float) -> str:

@@ -28,9 +28,8 @@ from engram.training.data import TokenData
 from engram.training.environment import prepare_process
 from engram.training.logs import Bar, CSVMetrics
 from engram.training.module import LitEngramLM, NonFiniteLossError
-from engram.training.recorder import RunRecorder
+from engram.training.recorder import EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_STOPPED, RunRecorder
 
-EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 130
 _DEFAULTS = {
     "trainer.precision": "bf16-mixed",
     "trainer.max_epochs": -1,

@@ -23,6 +23,8 @@ from engram.training.module import LitEngramLM
 from engram.training.weights import save_model
 
 PROGRESS, RESULT = "progress.json", "result.json"
+# How a run ended, if not well.
+EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 130
 _SECONDS_BETWEEN_WRITES = 1.0
 
 

@@ -21,7 +21,7 @@ from engram.sweep.launch import LocalJob, run_sweep
 from engram.sweep.plan import Point, SweepPlan
 from engram.sweep.progress import LineDisplay
 from engram.training.data import TokenData
-from engram.training.main import EXIT_BAD_SETTING, EXIT_NON_FINITE
+from engram.training.recorder import EXIT_BAD_SETTING, EXIT_NON_FINITE
 
 PLAN = {
     "name": "test",
