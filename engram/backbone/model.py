@@ -117,8 +117,7 @@ class EngramLM(nn.Module):
         for layer, block in enumerate(self.each_block()):
             if str(layer) in self.memory:
                 memory = cast(Engram | AdditiveBigram, self.memory[str(layer)])
-                update, alpha = memory.forward_with_gates(h, token_ids, document_ids)
-                h = h + update
+                h, alpha = memory.add_to(h, token_ids, document_ids)
                 if alpha is not None:
                     gates[layer] = alpha
             h, stats = block(h, positions)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engram.kernels import weighted_swiglu
+
 
 class Layout(NamedTuple):
     """Where each token's K copies stand among P rows ordered by expert, each group padded to a multiple of `multiple`.
@@ -136,7 +138,5 @@ def grouped_swiglu(
     # Weighting the hidden layer, the narrowest, costs least; padding gets weight 0, so that it adds to no gradient.
     weights = torch.cat([weights_NK.flatten(), weights_NK.new_zeros(1)]).to(x_ND.dtype)
     x_PD = _Spread.apply(x_ND, token_P, layout.place_NK)
-    gate, up = product(x_PD, w_gate_up, layout).chunk(2, dim=-1)
-    h_PF = F.silu(gate.contiguous()) * up  # silu on a strided half takes 6x as long
-    h_PF = h_PF * weights.index_select(0, layout.copy_P).unsqueeze(1)
+    h_PF = weighted_swiglu(product(x_PD, w_gate_up, layout), weights.index_select(0, layout.copy_P))
     return _Collect.apply(product(h_PF, w_down, layout), token_P, layout.place_NK)

@@ -55,15 +55,15 @@ class UngatedMemory(nn.Module, ABC):
         """The update of `hidden`, `[B, T, d]` or `[B, T, M, d]`, for raw ids `[B, T]`; the rest as for `Engram`."""
         return self.step(hidden, token_ids, self.init_state(len(token_ids)), document_ids, padding_mask)[0]
 
-    def forward_with_gates(
+    def add_to(
         self,
         hidden: Tensor,
         token_ids: Tensor,
         document_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """As `forward`, and None for the gates."""
-        return self(hidden, token_ids, document_ids, padding_mask), None
+        """`hidden` plus the update, and None for the gates."""
+        return hidden + self(hidden, token_ids, document_ids, padding_mask), None
 
     def init_state(self, batch_size: int) -> HashState:
         """The state before the first token of `batch_size` sequences."""

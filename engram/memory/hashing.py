@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import MemoryConfig, require
+from engram.kernels import hash_ngrams, load_native
 from engram.memory.primes import next_primes
 from engram.tensors import require_ids
 
@@ -102,11 +103,11 @@ class NgramHasher(nn.Module):
         self, config: MemoryConfig, n_canonical: int, pad_id: int | None = None, eos_id: int | None = None
     ) -> None:
         super().__init__()
+        load_native()
         require(config.present, "memory.rows", config.rows, "1 or more for each order, to hash into")
         require(n_canonical >= 1, "n_canonical", n_canonical, "1 or more")
         self.n_canonical = n_canonical
         self.orders = config.orders
-        self.n_heads = config.n_heads
         self.context = config.orders[-1] - 1
         self.layers = config.layers
         self.seed = config.seed
@@ -124,14 +125,10 @@ class NgramHasher(nn.Module):
             for ordinal, layer in enumerate(config.layers)
         }
         self._sizes = [sizes[layer] for layer in config.layers]
-        self.register_buffer("moduli", torch.empty(len(self.layers), self.n_orders, self.n_heads, dtype=torch.int64))
+        n_heads = len(self.orders) * config.n_heads
+        self.register_buffer("moduli", torch.empty(len(self.layers), n_heads, dtype=torch.int64))
         self.register_buffer("offsets", torch.empty_like(self.moduli))
         self.reset_buffers()
-
-    @property
-    def n_orders(self) -> int:
-        """Number of N-gram orders."""
-        return len(self.orders)
 
     def reset_buffers(self) -> None:
         """Write moduli and offsets again, as is needed after a module built on the meta device got its storage."""
@@ -139,11 +136,12 @@ class NgramHasher(nn.Module):
         offsets = np.cumsum(sizes, axis=1) - sizes
         for buffer, values in ((self.moduli, sizes), (self.offsets, offsets)):
             if not buffer.is_meta:
-                buffer.copy_(torch.from_numpy(values).view_as(buffer))
+                buffer.copy_(torch.from_numpy(values))
 
     def forward(self, ids_BT: Tensor, layer: int, document_ids_BT: Tensor | None = None) -> Tensor:
         """Rows `[B, T, H]` (int64) for canonical ids `[B, T]`; a change of document id starts a new document."""
-        return self.step(ids_BT, layer, self.init_state(ids_BT.shape[0], ids_BT.device), document_ids_BT)[0]
+        require_ids(ids_BT, self.n_canonical)
+        return self._hash(ids_BT.long(), layer, document_ids_BT, 0)
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> HashState:
         """The state before the first token of `batch_size` sequences, on the buffers' device if none is named."""
@@ -160,7 +158,6 @@ class NgramHasher(nn.Module):
 
         Without document ids the new tokens all belong to document 0.
         """
-        require(layer in self.layers, "layer", layer, f"one of memory.layers {self.layers}")
         T, ids_BT = ids_BT.shape[1], ids_BT.long()
         require_ids(ids_BT, self.n_canonical)
         if document_ids_BT is None:
@@ -169,23 +166,19 @@ class NgramHasher(nn.Module):
         documents = torch.cat([state.documents, document_ids_BT.long()], dim=1)
         # Copies: views would keep the ids of a whole prompt alive.
         following = HashState(ids[:, T:].clone(), documents[:, T:].clone())
-        starts = [documents]
-        if self.resets_at_eos:
-            at_eos = (ids == self.eos_id).long()
-            starts.append(at_eos.cumsum(1) - at_eos)
+        return self._hash(ids, layer, documents, self.context), following
 
-        multipliers = self.multipliers[layer]
-        mix = ids[:, self.context :] * multipliers[0]
-        same = torch.ones_like(mix, dtype=torch.bool)
-        mixes = [mix] if 1 in self.orders else []
-        for back in range(1, self.context + 1):
-            past = slice(self.context - back, self.context - back + T)
-            for start in starts:
-                same = same & (start[:, past] == start[:, self.context :])
-            mix = mix ^ (torch.where(same, ids[:, past], self.pad_id) * multipliers[back])
-            if back + 1 in self.orders:
-                mixes.append(mix)
+    def _hash(self, ids: Tensor, layer: int, documents: Tensor | None, past: int) -> Tensor:
+        require(layer in self.layers, "layer", layer, f"one of memory.layers {self.layers}")
         at = self.layers.index(layer)
-        mix_BTH = torch.stack(mixes, dim=-1).repeat_interleave(self.n_heads, dim=-1)
-        # In place: fresh tensors of this size cost as much time as the sums in them.
-        return mix_BTH.remainder_(self.moduli[at].flatten()).add_(self.offsets[at].flatten()), following
+        return hash_ngrams(
+            ids,
+            documents if documents is None else documents.long(),
+            self.moduli[at],
+            self.offsets[at],
+            multipliers=self.multipliers[layer],
+            orders=self.orders,
+            past=past,
+            pad_id=self.pad_id,
+            eos_id=self.eos_id if self.resets_at_eos else -1,
+        )

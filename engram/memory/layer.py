@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import MemoryConfig, require
-from engram.memory.fusion import ConvState, Gate, build_conv
+from engram.kernels import Fused
+from engram.memory.fusion import Fusion, FusionState
 from engram.memory.hashing import HashState
 from engram.memory.readers import READERS, documents_of
 from engram.memory.table import MemoryTable
@@ -24,7 +25,7 @@ class EngramState(NamedTuple):
     """What decoding keeps of the past: the last N-1 ids and the convolution's window. Old states stay valid."""
 
     ids: HashState
-    conv: ConvState
+    fusion: FusionState
 
 
 class Engram(nn.Module):
@@ -59,8 +60,7 @@ class Engram(nn.Module):
         if self.project.bias is not None:
             # The usual draw would be larger than what small rows give, and make all keys and values alike.
             nn.init.zeros_(self.project.bias)
-        self.gate = Gate(M, D, config.gate, config.norm_eps)
-        self.conv = build_conv(config)
+        self.fusion = Fusion(config)
 
     def forward(
         self,
@@ -78,25 +78,35 @@ class Engram(nn.Module):
                 None.
             padding_mask: `[B, T]`, True at real tokens; the others get no update and are read by none.
         """
-        return self.forward_with_gates(hidden, token_ids, document_ids, padding_mask)[0]
+        return self._fuse(hidden, token_ids, document_ids, padding_mask).out.view(hidden.shape)
 
-    def forward_with_gates(
+    def add_to(
         self,
         hidden: Tensor,
         token_ids: Tensor,
         document_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with the gates `[B, T, M]`."""
+        """`hidden` plus the update, in one pass, and the gates `[B, T, M]`; arguments as `forward`."""
+        fused = self._fuse(hidden, token_ids, document_ids, padding_mask, residual=True)
+        return fused.out.view(hidden.shape), fused.alpha
+
+    def _fuse(
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        document_ids: Tensor | None,
+        padding_mask: Tensor | None,
+        residual: bool = False,
+    ) -> Fused:
         documents = documents_of(token_ids, document_ids, padding_mask)
-        u, gates = self._gated_value(hidden, self.reader(token_ids, documents), padding_mask)
-        y, _ = self.conv(u, documents)
-        return y.view(hidden.shape), gates
+        h, kv = self._branches(hidden, token_ids), self._keys_and_value(self.reader(token_ids, documents))
+        return self.fusion(h, kv, documents, residual=residual)
 
     def init_state(self, batch_size: int) -> EngramState:
         """The state before the first token of `batch_size` sequences."""
         return EngramState(
-            self.reader.init_state(batch_size, self.project.weight.device), self.conv.init_state(batch_size)
+            self.reader.init_state(batch_size, self.project.weight.device), self.fusion.init_state(batch_size)
         )
 
     def step(
@@ -114,19 +124,19 @@ class Engram(nn.Module):
         """
         documents = documents_of(token_ids, document_ids, padding_mask)
         documents = torch.zeros_like(token_ids) if documents is None else documents
+        h = self._branches(hidden, token_ids)
         rows, ids = self.reader.step(token_ids, state.ids, documents)
-        u, _ = self._gated_value(hidden, rows, padding_mask)
-        y, conv = self.conv(u, documents, state.conv)
-        return y.view(hidden.shape), EngramState(ids, conv)
+        fused, following = self.fusion.step(h, self._keys_and_value(rows), documents, state.fusion)
+        return fused.out.view(hidden.shape), EngramState(ids, following)
 
-    def _gated_value(self, hidden: Tensor, rows_BTH: Tensor, padding_mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-        """u = alpha v, `[B, T, M, D]`, zero at padding, and alpha, `[B, T, M]`."""
+    def _branches(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Hidden states as `[B, T, M, D]`."""
         M, D = self.config.branches, self.config.d_model
         h = hidden.unsqueeze(2) if hidden.ndim == 3 else hidden
         allowed = f"a hidden state [B, T, {M}, {D}]" + (f" or [B, T, {D}]" if M == 1 else "") + " for ids [B, T]"
-        require(h.shape == (*rows_BTH.shape[:2], M, D), "shape of hidden", tuple(hidden.shape), allowed)
-        e = self.table(rows_BTH).flatten(-2)
-        k, v = self.project(e).split([M * D, D], dim=-1)
-        alpha = self.gate(h, k.unflatten(-1, (M, D)))
-        scale = alpha if padding_mask_BT is None else alpha * padding_mask_BT.unsqueeze(-1)
-        return scale.to(v.dtype).unsqueeze(-1) * v.unsqueeze(2), alpha
+        require(h.shape == (*token_ids.shape, M, D), "shape of hidden", tuple(hidden.shape), allowed)
+        return h
+
+    def _keys_and_value(self, rows_BTH: Tensor) -> Tensor:
+        """M keys and the value of each token, `[B, T, (M + 1) D]`."""
+        return self.project(self.table(rows_BTH).flatten(-2))

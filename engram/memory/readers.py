@@ -60,7 +60,7 @@ class RowReader(nn.Module):
 
     def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Rows `[B, T, H]` for raw ids `[B, T]`; a change of document id starts a new document."""
-        return self.step(token_ids, self.init_state(token_ids.shape[0], token_ids.device), document_ids)[0]
+        return self.hasher(self._canonical(token_ids), self.layer, document_ids)
 
     def init_state(self, batch_size: int, device: torch.device) -> HashState:
         """The state before the first token of `batch_size` sequences."""
@@ -68,19 +68,27 @@ class RowReader(nn.Module):
 
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:
         """Rows `[B, T, H]` of T new tokens that follow `state`, and the state after them."""
+        return self.hasher.step(self._canonical(token_ids), self.layer, state, document_ids)
+
+    def _canonical(self, token_ids: Tensor) -> Tensor:
         if self.lookup is None:
-            return self.hasher.step(token_ids, self.layer, state, document_ids)
+            return token_ids
         require_ids(token_ids, self.vocab_size)
-        return self.hasher.step(self.lookup[token_ids], self.layer, state, document_ids)
+        return self.lookup[token_ids]
 
 
 class FirstRowReader(RowReader):
     """Every N-gram reads the first row of each head: the table is there, what it is indexed by is not."""
 
+    def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        return self._first_rows(super().forward(token_ids, document_ids))
+
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:
         rows, state = super().step(token_ids, state, document_ids)
-        first = self.hasher.offsets[self.hasher.layers.index(self.layer)].flatten()
-        return first.expand_as(rows), state
+        return self._first_rows(rows), state
+
+    def _first_rows(self, rows: Tensor) -> Tensor:
+        return self.hasher.offsets[self.hasher.layers.index(self.layer)].expand_as(rows)
 
 
 class PositionReader(RowReader):
@@ -88,6 +96,9 @@ class PositionReader(RowReader):
 
     In its state the next position stands in the place of past ids.
     """
+
+    def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        return self.step(token_ids, self.init_state(len(token_ids), token_ids.device), document_ids)[0]
 
     def init_state(self, batch_size: int, device: torch.device) -> HashState:
         next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
@@ -101,9 +112,9 @@ class PositionReader(RowReader):
         a, b = deepseek_multipliers(self.layer, 2**31, 2, self.hasher.seed)
         at = self.hasher.layers.index(self.layer)
         # The two factors are below 2**32 and the numbers below 2**31, so that neither product overflows.
-        mix = ((position * a) ^ (document * b))[:, :, None, None]
+        mix = ((position * a) ^ (document * b)).unsqueeze(-1)
         rows = mix % self.hasher.moduli[at] + self.hasher.offsets[at]
-        return rows.flatten(-2), HashState(state.ids + T, state.documents)
+        return rows, HashState(state.ids + T, state.documents)
 
 
 READERS: dict[MemoryKind, type[RowReader]] = {

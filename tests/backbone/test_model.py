@@ -46,7 +46,7 @@ def model_of(**changes: Any) -> EngramLM:
     }
     model = EngramLM(ModelConfig.from_dict({**base, **changes}))
     for name, parameter in model.named_parameters():
-        if "conv.weight" in name or "table" in name:
+        if "conv_weight" in name or "table" in name:
             torch.nn.init.normal_(parameter)
     return model
 

@@ -52,9 +52,10 @@ PART_OF = (  # what a parameter's name says of it; the first that matches
     (".table.", "memory_tables"),
     ("memory.project.", "memory_projections"),
     (".project.", "memory_projections"),
-    (".gate.", "memory_gates"),
+    (".query_norm", "memory_gates"),
+    (".key_norm", "memory_gates"),
     (".scale", "memory_gates"),
-    (".conv.", "memory_convs"),
+    (".conv_", "memory_convs"),
     ("norm.", "norms"),
 )
 

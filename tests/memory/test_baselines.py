@@ -77,9 +77,9 @@ def test_every_kind_has_the_one_interface(kind: MemoryKind, branches: int) -> No
     for module in modules_of(memory(kind, branches=branches)).values():
         hidden, ids = inputs(2, 7, module, branches)
         documents, mask = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool)
-        update, gates = module.forward_with_gates(hidden, ids, documents, mask)
-        assert update.shape == hidden.shape
-        torch.testing.assert_close(update, module(hidden, ids))
+        added, gates = module.add_to(hidden, ids, documents, mask)
+        assert added.shape == hidden.shape
+        torch.testing.assert_close(added, hidden + module(hidden, ids))
         if isinstance(module, (OverEncoding, AdditiveBigram)):
             assert gates is None
         else:

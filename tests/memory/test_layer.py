@@ -83,7 +83,7 @@ def restated(layer: Engram, hidden: Tensor, ids: Tensor, documents: Tensor | Non
             for m in range(M):
                 k = W[m * D : (m + 1) * D] @ e + (b[m * D : (m + 1) * D] if b is not None else 0)
                 v = W[M * D :] @ e + (b[M * D :] if b is not None else 0)
-                g = norm(h[i, t, m], layer.gate.query_norm[m]) @ norm(k, layer.gate.key_norm[m]) / math.sqrt(D)
+                g = norm(h[i, t, m], layer.fusion.query_norm[m]) @ norm(k, layer.fusion.key_norm[m]) / math.sqrt(D)
                 if c.gate == "signed_sqrt":
                     g = torch.sign(g) * torch.sqrt(torch.clamp(torch.abs(g), min=1e-6))
                 real = 1.0 if mask is None else float(mask[i, t])
@@ -97,7 +97,7 @@ def restated(layer: Engram, hidden: Tensor, ids: Tensor, documents: Tensor | Non
                     source = t - c.dilation * (c.conv_kernel - 1 - tap)
                     inside = source >= 0 and (documents is None or documents[i, source] == documents[i, t])
                     if inside and (mask is None or (mask[i, source] and mask[i, t])):
-                        y = y + layer.conv.weight[tap, m] * norm(u[i, source, m], layer.conv.norm[m])
+                        y = y + layer.fusion.conv_weight[tap, m] * norm(u[i, source, m], layer.fusion.conv_norm[m])
                 out.append(u[i, t, m] + y / (1 + torch.exp(-y)))
     return torch.stack(out).reshape(hidden.shape)
 
@@ -181,12 +181,12 @@ def qwen_pair(branches: int) -> tuple[Any, Engram]:
         ours.table.weight.copy_(theirs.ple_embedding.ngram_embedding.weight[: len(ours.table.weight)])
         ours.project.weight.copy_(torch.cat([theirs.key_proj.weight, theirs.value_proj.weight]))
         for norm, other in [
-            (ours.gate.query_norm, theirs.norm_query),
-            (ours.gate.key_norm, theirs.norm_key),
-            (ours.conv.norm, theirs.norm_conv),
+            (ours.fusion.query_norm, theirs.norm_query),
+            (ours.fusion.key_norm, theirs.norm_key),
+            (ours.fusion.conv_norm, theirs.norm_conv),
         ]:
             norm.copy_(1 + other.weight.view(branches, D))  # theirs holds the norms' weights less 1
-        ours.conv.weight.copy_(theirs.conv1d.weight.view(branches, D, 4).permute(2, 0, 1))
+        ours.fusion.conv_weight.copy_(theirs.conv1d.weight.view(branches, D, 4).permute(2, 0, 1))
     return theirs, ours
 
 
@@ -270,8 +270,17 @@ def test_the_state_does_not_grow_with_the_prompt() -> None:
     layer = random_layer(memory())
     hidden, ids = inputs(1, 300, layer.config)
     _, state = layer.step(hidden, ids, layer.init_state(1))
-    assert [x.shape[1] for x in (*state.ids, *state.conv)] == [2, 2, 9, 9]
-    assert all(x.untyped_storage().nbytes() == x.nbytes for x in (*state.ids, *state.conv))  # no views of more
+    assert [x.shape[1] for x in (*state.ids, *state.fusion)] == [2, 2, 9, 9, 9]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in (*state.ids, *state.fusion))  # no views of more
+
+
+@pytest.mark.parametrize("branches", [1, 4])
+def test_adding_in_one_pass_is_adding_the_update(branches: int) -> None:
+    layer = random_layer(memory(branches=branches))
+    hidden, ids = inputs(2, 9, layer.config)
+    added, gates = layer.add_to(hidden, ids)
+    torch.testing.assert_close(added, hidden + layer(hidden, ids))
+    assert gates.shape == (2, 9, branches)
 
 
 def test_two_layers_of_a_model_read_different_rows() -> None:
@@ -297,7 +306,7 @@ def test_at_the_start_the_update_comes_from_the_rows_alone() -> None:
 def test_the_convolution_adds_nothing_at_the_start() -> None:
     with_conv = Engram(memory())
     without = Engram(memory(conv_kernel=0))
-    without.load_state_dict({k: v for k, v in with_conv.state_dict().items() if not k.startswith("conv")})
+    without.load_state_dict({k: v for k, v in with_conv.state_dict().items() if not k.startswith("fusion.conv")})
     ids, hidden = torch.randint(0, V, (2, 9)), torch.randn(2, 9, 2, D)
     assert torch.equal(with_conv(hidden, ids), without(hidden, ids))
 
@@ -311,7 +320,7 @@ def test_bfloat16_autocast_trains_and_decodes(branches: int, kernel: int) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         update = layer(hidden, ids)
         decoded, _ = in_chunks(layer, [13, 1, 6], hidden, ids, None, None)
-    assert update.dtype == torch.bfloat16
+    assert update.dtype == hidden.dtype
     torch.testing.assert_close(decoded, update)
     assert (update.float() - exact).abs().mean() < 0.02 * exact.abs().mean()
     torch.testing.assert_close(update.float(), exact, rtol=0.05, atol=0.05)

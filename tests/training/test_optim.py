@@ -37,7 +37,7 @@ def test_roles_are_what_the_names_say() -> None:
     }
     every = {name for name, _ in model().named_parameters()}
     assert names_by_role(model()) == {**expected, "vectors": every.difference(*expected.values())}
-    assert "memory.1.conv.weight" in every.difference(*expected.values())
+    assert "memory.1.fusion.conv_weight" in every.difference(*expected.values())
 
 
 def test_a_role_does_not_depend_on_size() -> None:

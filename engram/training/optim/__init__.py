@@ -15,7 +15,7 @@ from engram.backbone import EngramLM
 from engram.config import require, require_one_of
 from engram.training.optim.muon import BatchedMuon
 from engram.training.optim.roles import Roles
-from engram.training.optim.row_adam import RowAdam
+from engram.training.optim.row_adam import RowAdam, coalesced
 from engram.training.optim.together import Together
 from engram.training.schedule import ScheduleConfig
 
@@ -95,7 +95,7 @@ def clip_gradients(model: nn.Module, bound: float) -> Tensor:
     for p in model.parameters():
         if p.grad is not None:
             if p.grad.is_sparse:
-                p.grad = p.grad.coalesce()
+                p.grad = coalesced(p.grad)
             gradients.append(p.grad.values() if p.grad.is_sparse else p.grad)
     norm = torch.nn.utils.get_total_norm(gradients)
     if bound:

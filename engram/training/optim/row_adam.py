@@ -1,28 +1,48 @@
 """Adam for memory tables: only rows that were read are touched, whatever the table's size.
 
-Adam is arXiv:1412.6980; moments of a row that was not read are decayed when it is read next, by the steps it missed, so
-they equal dense Adam's. What differs from dense Adam: an unread row does not drift on its old momentum.
+Adam is arXiv:1412.6980; one second moment for a whole row is the choice of row-wise AdaGrad and Adam in recommender
+systems (arXiv:1906.00091, section 3) and of the nanochat speed runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from engram.config import require
+from engram.config import require, require_one_of
+from engram.kernels import combine_rows, load_native, row_adam_
+
+SecondMoment = Literal["element", "row"]
+
+
+def coalesced(grad: Tensor) -> Tensor:
+    """A row-sparse gradient with each row once, its duplicates summed: `grad.coalesce()` in a fraction of the time."""
+    if grad.is_coalesced():
+        return grad
+    rows, sums = combine_rows(grad._indices()[0], grad._values())
+    return torch.sparse_coo_tensor(rows.unsqueeze(0), sums, grad.shape, is_coalesced=True, check_invariants=False)
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam on sparse (COO) gradients of `[rows, width]` tables, duplicates of a row summed first.
+    """Adam on row-sparse (COO) gradients of `[rows, width]` tables, duplicates of a row summed first. No weight decay.
 
-    State of a table: two moments of its shape and an int32 step number for each row. No weight decay.
+    Moments of a row that was not read are decayed when it is read next, by the steps it missed, so that they are those
+    of dense Adam. What differs from dense Adam: a row that is not read stays where it is, where dense Adam would go on
+    moving it by its old momentum. (`torch.optim.SparseAdam` differs more: it does not decay what it does not see.)
+
+    State of a table of R rows: first moments `[R, width]` (none with `betas[0]` 0), second moments `[R, width]` or
+    `[R]`, and the step at which each row was last moved, int32 `[R]`. All moments are float32, or float64 for a float64
+    table. A bfloat16 table is rounded at random (stochastic rounding), so that updates too small for its 8 bits add up;
+    the random bits depend on `seed`, step and place alone.
 
     Args:
         params: tables, or groups of them.
         lr: learning rate. betas, eps: as in Adam.
+        second_moment: one for each `element`, or one for each `row`: the mean of its squared gradients.
+        seed: of the random rounding.
 
     Raises:
         ConfigError: settings out of range. TypeError: a dense gradient, which would mean work on the whole table.
@@ -34,11 +54,15 @@ class RowAdam(torch.optim.Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        second_moment: SecondMoment = "element",
+        seed: int = 0,
     ) -> None:
         require(lr >= 0, "lr", lr, "0 or more")
         require(all(0 <= b < 1 for b in betas), "betas", betas, "two numbers from 0 to below 1")
         require(eps > 0, "eps", eps, "above 0")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        require_one_of("second_moment", second_moment, SecondMoment)
+        load_native()
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "second_moment": second_moment, "seed": seed})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -48,40 +72,47 @@ class RowAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for table in group["params"]:
+            for number, table in enumerate(group["params"]):
                 if table.grad is not None:
-                    self._update(table, group)
+                    self._update(table, group, group["seed"] + number)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         super().load_state_dict(state_dict)
-        # The base class turns every tensor into the table's type, and step numbers are whole.
+        # The base class turns every tensor into the table's type, which may be narrower, and step numbers are whole.
         for state, saved in zip(self.state.values(), state_dict["state"].values(), strict=True):
-            state["last_step"] = saved["last_step"].to(state["last_step"].device)
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    state[name] = value.to(state[name].device, copy=True)
 
-    def _update(self, table: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, table: Tensor, group: dict[str, Any], seed: int) -> None:
         grad = table.grad
         if grad is None or not grad.is_sparse:
             raise TypeError("RowAdam needs row-sparse gradients (torch.sparse_coo); got a dense one")
+        beta1, beta2 = group["betas"]
         state = self.state[table]
         if not state:
+            wide = torch.promote_types(table.dtype, torch.float32)
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(table)
-            state["exp_avg_sq"] = torch.zeros_like(table)
+            if beta1:
+                state["exp_avg"] = torch.zeros_like(table, dtype=wide)
+            by_row = group["second_moment"] == "row"
+            state["exp_avg_sq"] = table.new_zeros(table.shape[:1] if by_row else table.shape, dtype=wide)
             state["last_step"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
         state["step"] += 1
-        step: int = state["step"]
-        grad = grad.coalesce()
-        rows, g = grad.indices()[0], grad.values()
-        if not len(rows):
-            return
-        beta1, beta2 = group["betas"]
-        missed = (step - state["last_step"][rows]).to(g.dtype).unsqueeze(1)
-        m = state["exp_avg"][rows].mul_(beta1**missed).add_(g, alpha=1 - beta1)
-        v = state["exp_avg_sq"][rows].mul_(beta2**missed).addcmul_(g, g, value=1 - beta2)
-        state["exp_avg"][rows] = m
-        state["exp_avg_sq"][rows] = v
-        state["last_step"][rows] = step
-        root = (v / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        table.index_add_(0, rows, m / root, alpha=-group["lr"] / (1 - beta1**step))
+        grad = coalesced(grad)
+        row_adam_(
+            table,
+            state.get("exp_avg"),
+            state["exp_avg_sq"],
+            state["last_step"],
+            grad.indices()[0],
+            grad.values(),
+            step=state["step"],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            seed=seed,
+        )

@@ -1,0 +1,154 @@
+// Row-sparse gradients: duplicates combined, and Adam on the rows that were read (reference in kernels/rows.py).
+#include "common.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sort.h>
+
+namespace engram {
+namespace {
+
+constexpr int64_t kAhead = 12;  // rows to prefetch ahead: they lie far apart in memory
+
+// Row i of `sum` is the sum of the gradients numbered from[starts[i]] to before from[starts[i + 1]].
+template <typename T>
+void sum_groups(const T* g, const int64_t* from, const std::vector<int64_t>& starts, int64_t W, T* sum) {
+  using wide = wide_t<T>;
+  const int64_t u = starts.size() - 1, n = starts.back();
+  at::parallel_for(0, u, grain(2 * W), [&](int64_t begin, int64_t end) {
+    std::vector<wide> total(W);
+    for (int64_t i = begin; i < end; ++i) {
+      if (starts[i] + kAhead < n) __builtin_prefetch(g + from[starts[i] + kAhead] * W);
+      std::fill(total.begin(), total.end(), wide(0));
+      for (int64_t k = starts[i]; k < starts[i + 1]; ++k) {
+        const T* one = g + from[k] * W;
+#pragma omp simd
+        for (int64_t w = 0; w < W; ++w) total[w] += static_cast<wide>(one[w]);
+      }
+      for (int64_t w = 0; w < W; ++w) sum[i * W + w] = static_cast<T>(total[w]);
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> combine_rows(const at::Tensor& rows, const at::Tensor& grads) {
+  const int64_t n = rows.numel(), W = grads.size(1);
+  const auto [sorted, order] = at::sort(rows.contiguous(), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const int64_t* key = sorted.const_data_ptr<int64_t>();
+  std::vector<int64_t> starts;
+  starts.reserve(n + 1);
+  for (int64_t i = 0; i < n; ++i)
+    if (i == 0 || key[i] != key[i - 1]) starts.push_back(i);
+  const int64_t u = starts.size();
+  starts.push_back(n);
+  auto unique = at::empty({u}, rows.options());
+  auto sums = at::empty({u, W}, grads.options());
+  for (int64_t i = 0; i < u; ++i) unique.mutable_data_ptr<int64_t>()[i] = key[starts[i]];
+  const auto grads_c = grads.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grads.scalar_type(), "combine_rows", [&] {
+    sum_groups(grads_c.const_data_ptr<scalar_t>(), order.const_data_ptr<int64_t>(), starts, W,
+               sums.mutable_data_ptr<scalar_t>());
+  });
+  return {unique, sums};
+}
+
+inline uint32_t scramble(uint32_t x) {  // a bijection whose output bits each depend on all input bits
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+template <typename T> inline T rounded(wide_t<T> x, uint32_t) { return x; }
+// Up or down in proportion to what is cut off, so that many small updates are not lost.
+template <> inline at::BFloat16 rounded<at::BFloat16>(float x, uint32_t random) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return at::BFloat16(static_cast<uint16_t>((finite ? bits + (random & 0xffffu) : bits | ((bits & 0xffffu) ? 0x10000u : 0u)) >> 16),
+                      at::BFloat16::from_bits());
+}
+
+// beta^k for the few steps that most rows miss.
+struct Powers {
+  double beta;
+  std::vector<double> table;
+  explicit Powers(double b) : beta(b), table(256) {
+    for (size_t k = 0; k < table.size(); ++k) table[k] = std::pow(b, k);
+  }
+  double operator()(int64_t k) const { return k < 256 ? table[k] : std::pow(beta, k); }
+};
+
+struct Adam {
+  int64_t step;
+  double lr, beta1, beta2, eps;
+  uint32_t key;  // of this step's random bits
+};
+
+template <typename T>
+void move_rows(const Adam& a, const int64_t* row, int64_t u, const T* gradients, int64_t W, bool by_row, T* weights,
+               wide_t<T>* firsts, wide_t<T>* seconds, int32_t* last) {
+  using wide = wide_t<T>;
+  const Powers power1(a.beta1), power2(a.beta2);
+  const wide rate = a.lr / (1 - std::pow(a.beta1, a.step)), unbias = 1 / (1 - std::pow(a.beta2, a.step));
+  const wide eps = a.eps, new1 = 1 - a.beta1, new2 = 1 - a.beta2;
+  at::parallel_for(0, u, grain(4 * W), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kAhead < end) {
+        const int64_t r = row[i + kAhead];
+        __builtin_prefetch(weights + r * W, 1);
+        if (firsts) __builtin_prefetch(firsts + r * W, 1);
+        __builtin_prefetch(seconds + (by_row ? r : r * W), 1);
+        __builtin_prefetch(last + r, 1);
+      }
+      const int64_t r = row[i], missed = a.step - last[r];
+      last[r] = static_cast<int32_t>(a.step);
+      const wide decay1 = power1(missed), decay2 = power2(missed);
+      const T* g = gradients + i * W;
+      T* w = weights + r * W;
+      wide* m = firsts ? firsts + r * W : nullptr;
+      wide* v = by_row ? nullptr : seconds + r * W;
+      const uint32_t random = scramble(static_cast<uint32_t>(r) ^ a.key) ^ static_cast<uint32_t>(r >> 32);
+      wide row_root = 0;
+      if (by_row) {
+        wide square = 0;
+#pragma omp simd reduction(+ : square)
+        for (int64_t k = 0; k < W; ++k) square += static_cast<wide>(g[k]) * static_cast<wide>(g[k]);
+        seconds[r] = decay2 * seconds[r] + new2 * (square / W);
+        row_root = std::sqrt(seconds[r] * unbias) + eps;
+      }
+#pragma omp simd
+      for (int64_t k = 0; k < W; ++k) {
+        const wide gradient = static_cast<wide>(g[k]);
+        wide first = gradient, root = row_root;
+        if (m) first = m[k] = decay1 * m[k] + new1 * gradient;
+        if (v) {
+          v[k] = decay2 * v[k] + new2 * gradient * gradient;
+          root = std::sqrt(v[k] * unbias) + eps;
+        }
+        w[k] = rounded<T>(static_cast<wide>(w[k]) - rate * first / root,
+                          scramble(random + static_cast<uint32_t>(k) * 0x9e3779b9u));
+      }
+    }
+  });
+}
+
+void row_adam(at::Tensor table, std::optional<at::Tensor> exp_avg, at::Tensor exp_avg_sq, at::Tensor last_step,
+              const at::Tensor& rows, const at::Tensor& grads, int64_t step, double lr, double beta1, double beta2,
+              double eps, int64_t seed) {
+  const auto rows_c = rows.contiguous(), grads_c = grads.contiguous();
+  const Adam a{step, lr, beta1, beta2, eps, scramble(static_cast<uint32_t>(seed) ^ scramble(static_cast<uint32_t>(step)))};
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, table.scalar_type(), "row_adam", [&] {
+    using wide = wide_t<scalar_t>;
+    move_rows<scalar_t>(a, rows_c.const_data_ptr<int64_t>(), rows_c.numel(), grads_c.const_data_ptr<scalar_t>(),
+                        table.size(1), exp_avg_sq.dim() == 1, table.mutable_data_ptr<scalar_t>(),
+                        exp_avg ? exp_avg->mutable_data_ptr<wide>() : nullptr, exp_avg_sq.mutable_data_ptr<wide>(),
+                        last_step.mutable_data_ptr<int32_t>());
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(engram, CPU, m) {
+  m.impl("combine_rows", combine_rows);
+  m.impl("row_adam_", row_adam);
+}
+}  // namespace engram

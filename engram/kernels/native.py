@@ -1,0 +1,92 @@
+"""The C++ kernels for the CPU: compiled on first use for this machine, kept in the user's cache, then just loaded.
+
+Compiling takes some ten seconds and needs a C++ compiler with OpenMP (`$CXX`, or c++), as Triton needs one on a GPU.
+Without it a warning says so and the references do the same work in plain torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+_SOURCES = Path(__file__).parent / "cpu"
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
+
+
+@functools.cache
+def load_native() -> bool:
+    """Load the C++ kernels, after compiling them if this machine has not yet; False, with a warning, if that fails.
+
+    What a layer that can use them calls when it is built. Only the first call in a process does anything.
+    """
+    try:
+        torch.ops.load_library(str(_built()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)).strip()
+        warnings.warn(f"engram runs without its C++ kernels, which could not be built: {why[:2000]}", stacklevel=2)
+        return False
+    return True
+
+
+def _built() -> Path:
+    """The compiled library, from the cache or made now."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler found; set CXX")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engram"
+    path = cache / f"kernels-{_fingerprint(compiler)}.so"
+    if not path.exists():
+        print("engram: compiling its CPU kernels, once for this machine ...", file=sys.stderr, flush=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when whole, so that processes may race
+            _compile(compiler, Path(folder)).replace(path)
+    return path
+
+
+def _compile(compiler: str, folder: Path) -> Path:
+    root = Path(torch.__file__).parent
+    headers = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    sources = sorted(_SOURCES.glob("*.cpp"))
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    running = [
+        subprocess.Popen(
+            [compiler, *_FLAGS, abi, *headers, "-c", str(source), "-o", str(target)], stderr=subprocess.PIPE, text=True
+        )
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
+    target = folder / "kernels.so"
+    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    command = [compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(target), *libraries]
+    subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+    return target
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that decides the machine code: sources, flags, torch, compiler and processor."""
+    parts = [path.read_text() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    parts += [*_FLAGS, torch.__version__, compiler, version, _processor()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Architecture and instruction sets, since the cache may lie in a home folder that unlike machines share."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()} {flags}"

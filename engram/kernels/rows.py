@@ -1,0 +1,130 @@
+"""Row-sparse gradients: duplicates of a row combined, and Adam (arXiv:1412.6980) on the rows that were read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engram.kernels.library import define
+from engram.tensors import widen
+
+_MASK = 0xFFFFFFFF
+
+
+def combine_rows_reference(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """`combine_rows` in plain torch."""
+    unique, place = rows.unique(return_inverse=True)
+    sums = widen(grads).new_zeros(len(unique), grads.shape[1]).index_add_(0, place, widen(grads))
+    return unique, sums.to(grads.dtype)
+
+
+def _combine_rows_fake(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    n = torch.library.get_ctx().new_dynamic_size()
+    return rows.new_empty(n), grads.new_empty(n, grads.shape[1])
+
+
+_combine_rows = define(
+    "combine_rows(Tensor rows, Tensor grads) -> (Tensor, Tensor)", combine_rows_reference, _combine_rows_fake
+)
+
+
+def combine_rows(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Row indices `[n]` with repeats and their gradients `[n, W]` -> each row once, ascending, `[u]`, and its sum.
+
+    Sums are taken in float32 (float64 for float64), in the order in which a row's gradients came.
+    """
+    return _combine_rows(rows, grads)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers (held in int64) whose output bits each depend on all input bits."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def round_at_random(x: Tensor, random: Tensor) -> Tensor:
+    """float32 -> bfloat16, up or down in proportion to what is cut off; `random` holds 16 or more bits for each."""
+    bits = x.view(torch.int32).long() & _MASK
+    up = torch.where(x.isfinite(), bits + (random & 0xFFFF), bits) & 0xFFFF0000
+    rounded = torch.where(up >= 2**31, up - 2**32, up).to(torch.int32).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded).bfloat16()
+
+
+def row_adam_reference_(
+    table: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor,
+    last_step: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    seed: int,
+) -> None:
+    """`row_adam_` in plain torch."""
+    g = widen(grads)
+    missed = (step - last_step[rows]).to(g.dtype).unsqueeze(1)
+    last_step[rows] = step
+    first = g
+    if exp_avg is not None:
+        first = exp_avg[rows] * beta1**missed + (1 - beta1) * g
+        exp_avg[rows] = first
+    if exp_avg_sq.ndim == 1:
+        second = exp_avg_sq[rows].unsqueeze(1) * beta2**missed + (1 - beta2) * g.square().mean(1, keepdim=True)
+        exp_avg_sq[rows] = second.squeeze(1)
+    else:
+        second = exp_avg_sq[rows] * beta2**missed + (1 - beta2) * g.square()
+        exp_avg_sq[rows] = second
+    root = (second / (1 - beta2**step)).sqrt() + eps
+    moved = widen(table[rows]) - lr / (1 - beta1**step) * first / root
+    if table.dtype == torch.bfloat16:
+        key = _scramble(rows.new_tensor(seed & _MASK) ^ _scramble(rows.new_tensor(step)))
+        by_row = _scramble((rows & _MASK) ^ key) ^ (rows >> 32)
+        column = torch.arange(table.shape[1], device=rows.device) * 0x9E3779B9
+        table[rows] = round_at_random(moved, _scramble((by_row.unsqueeze(1) + column) & _MASK))
+    else:
+        table[rows] = moved.to(table.dtype)
+
+
+_row_adam_ = define(
+    "row_adam_(Tensor(a!) table, Tensor(b!)? exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last_step, Tensor rows, "
+    "Tensor grads, int step, float lr, float beta1, float beta2, float eps, int seed) -> ()",
+    row_adam_reference_,
+    lambda *args: None,
+)
+
+
+def row_adam_(
+    table: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor,
+    last_step: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    seed: int,
+) -> None:
+    """One step of Adam on some rows of a table `[R, W]`, in place; nothing else is read or written.
+
+    Moments are decayed by the steps since a row's last one, and computed in float32 (float64 for a float64 table). A
+    bfloat16 table is rounded at random, by bits that depend on seed, step, row and column alone.
+
+    Args:
+        exp_avg: first moments `[R, W]`; None, with `beta1` 0, for none.
+        exp_avg_sq: second moments, `[R, W]`, or `[R]`: of a row's mean squared gradient.
+        last_step: the step at which a row was last moved, int32 `[R]`.
+        rows, grads: the rows to move, each once, `[u]`, and their gradients `[u, W]`.
+        step: this step's number, from 1.
+    """
+    _row_adam_(table, exp_avg, exp_avg_sq, last_step, rows, grads, step, lr, beta1, beta2, eps, seed)

@@ -1,0 +1,92 @@
+"""Hashing: the C++ kernel and the reference against Python's own integers."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram.kernels import hash_ngrams, load_native
+from engram.kernels.hashing import hash_ngrams_reference
+
+PRIMES = [2, 3, 1_000_003, 2_147_483_647, 4_294_967_311, 9_007_199_254_740_997]  # the last beyond a double's 53 bits
+
+
+def in_python(
+    ids: list[int],
+    documents: list[int] | None,
+    moduli: list[int],
+    offsets: list[int],
+    multipliers: list[int],
+    orders: list[int],
+    past: int,
+    pad_id: int,
+    eos_id: int,
+) -> list[list[int]]:
+    rows = []
+    for t in range(past, len(ids)):
+        at_t = []
+        for number, order in enumerate(orders):
+            mix, inside = 0, True
+            for back in range(order):
+                then = t - back
+                inside = inside and then >= 0 and (documents is None or documents[then] == documents[t])
+                inside = inside and (back == 0 or ids[then] != eos_id)
+                mix ^= (ids[then] if inside else pad_id) * multipliers[back]
+            heads = len(moduli) // len(orders)
+            at_t += [mix % moduli[h] + offsets[h] for h in range(number * heads, (number + 1) * heads)]
+        rows.append(at_t)
+    return rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_rows_are_those_of_unbounded_integers(data: st.DataObject) -> None:
+    load_native()
+    orders = sorted(data.draw(st.sets(st.integers(1, 4), min_size=1)))
+    heads = data.draw(st.integers(1, 3))
+    top = 2**31 - 1
+    ids = data.draw(st.lists(st.integers(0, 5) | st.integers(0, top), min_size=1, max_size=9))
+    past = data.draw(st.integers(0, len(ids) - 1))
+    n = len(ids)
+    documents = data.draw(st.none() | st.lists(st.integers(-1, 2), min_size=n, max_size=n))
+    n_heads = heads * len(orders)
+    moduli = data.draw(st.lists(st.sampled_from(PRIMES), min_size=n_heads, max_size=n_heads))
+    offsets = data.draw(st.lists(st.integers(0, 10**12), min_size=n_heads, max_size=n_heads))
+    multipliers = data.draw(st.lists(st.integers(1, 2**32), min_size=orders[-1], max_size=orders[-1]))
+    pad, eos = data.draw(st.integers(0, 5)), data.draw(st.sampled_from([-1, 0, 3]))
+    expected = in_python(ids, documents, moduli, offsets, multipliers, orders, past, pad, eos)
+    tensors = [torch.tensor([ids]), None if documents is None else torch.tensor([documents])]
+    tensors += [torch.tensor(moduli), torch.tensor(offsets)]
+    settings_ = {"multipliers": multipliers, "orders": orders, "past": past, "pad_id": pad, "eos_id": eos}
+    assert hash_ngrams_reference(*tensors, **settings_)[0].tolist() == expected  # type: ignore[arg-type]
+    assert hash_ngrams(*tensors, **settings_)[0].tolist() == expected  # type: ignore[arg-type]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 2**50), st.integers(0, 2**63 - 1))
+def test_the_remainder_is_exact_over_the_whole_range(modulus: int, mix: int) -> None:
+    """One id times one multiplier spans all mixes below 2^63; the modulus need not be prime."""
+    load_native()
+    rows = hash_ngrams(
+        torch.tensor([[mix]]), None, torch.tensor([modulus]), torch.tensor([0]),
+        multipliers=(1,), orders=(1,), past=0, pad_id=0, eos_id=-1,
+    )  # fmt: skip
+    assert rows.item() == mix % modulus
+
+
+def test_rows_of_a_batch_are_hashed_apart() -> None:
+    load_native()
+    ids = torch.randint(0, 100, (64, 257), generator=torch.Generator().manual_seed(0))
+    documents = (torch.rand(64, 257, generator=torch.Generator().manual_seed(1)) < 0.1).long().cumsum(1)
+    arguments = (torch.tensor([97, 1009, 89, 1013]), torch.tensor([0, 97, 1106, 1195]))
+    options = {"multipliers": (12345, 999_983, 77_777), "orders": (2, 3), "past": 0, "pad_id": 2, "eos_id": 5}
+    whole = hash_ngrams(ids, documents, *arguments, **options)  # type: ignore[arg-type]
+    assert torch.equal(whole, hash_ngrams_reference(ids, documents, *arguments, **options))  # type: ignore[arg-type]
+    alone = [hash_ngrams(i[None], d[None], *arguments, **options) for i, d in zip(ids, documents, strict=True)]  # type: ignore[arg-type]
+    assert torch.equal(whole, torch.cat(alone))
+
+
+def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
+    arguments = (torch.tensor([[1, 2, 3]]), None, torch.tensor([97]), torch.tensor([0]), [3, 5], [2], 0, 0, -1)
+    torch.library.opcheck(torch.ops.engram.hash_ngrams.default, arguments)

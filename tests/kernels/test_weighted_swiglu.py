@@ -1,0 +1,61 @@
+"""The weighted SwiGLU against torch's own operations, in every type, and its gradient against finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engram.kernels import load_native, weighted_swiglu
+from engram.kernels.swiglu import weighted_swiglu_backward_reference, weighted_swiglu_reference
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_gradients_are_those_of_finite_differences(native: bool) -> None:
+    load_native()
+    gate_up = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    if native:
+        assert torch.autograd.gradcheck(weighted_swiglu, (gate_up, weights))
+        return
+    grad = torch.randn(5, 3, dtype=torch.float64)
+    expected = torch.autograd.grad(weighted_swiglu_reference(gate_up, weights), (gate_up, weights), grad)
+    ours = weighted_swiglu_backward_reference(grad, gate_up.detach(), weights.detach())
+    for x, y in zip(ours, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("P", "width"), [(1, 1), (7, 33), (300, 64)])
+def test_values_and_gradients_are_those_of_torch(dtype: torch.dtype, P: int, width: int) -> None:
+    load_native()
+    gate_up = (4 * torch.randn(P, 2 * width)).to(dtype).requires_grad_()
+    weights = torch.rand(P).to(dtype).requires_grad_()
+    wide, wide_weights = (x.detach().double().requires_grad_() for x in (gate_up, weights))
+    gate, up = wide.chunk(2, dim=-1)
+    expected = F.silu(gate) * up * wide_weights.unsqueeze(1)
+    out = weighted_swiglu(gate_up, weights)
+    assert out.dtype == dtype
+    tolerance = {torch.bfloat16: 2**-7, torch.float32: 3e-6, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    grad = torch.randn(P, width).to(dtype)
+    ours = torch.autograd.grad(out, (gate_up, weights), grad)
+    theirs = torch.autograd.grad(expected, (wide, wide_weights), grad.double())
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=4 * tolerance, atol=4 * tolerance * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("gate", [-1e4, -90.0, 90.0, 1e4])
+def test_large_gates_neither_overflow_nor_lose_their_sign(gate: float) -> None:
+    load_native()
+    x = torch.tensor([[gate, 2.0]], requires_grad=True)
+    out = weighted_swiglu(x, torch.ones(1))
+    out.backward()
+    torch.testing.assert_close(out, torch.tensor([[2.0 * max(gate, 0.0)]]))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0, 1].item(), max(gate, 0.0))
+
+
+def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
+    arguments = (torch.randn(4, 6, requires_grad=True), torch.rand(4, requires_grad=True))
+    torch.library.opcheck(torch.ops.engram.weighted_swiglu.default, arguments)
