@@ -1,7 +1,7 @@
 """Causal self-attention within documents: grouped-query (arXiv:2305.13245) and multi-head latent (arXiv:2405.04434).
 
-Both go through `scaled_dot_product_attention`. What depends on positions alone, angles and mask, is made once per
-forward pass and shared by all blocks.
+Both go through `scaled_dot_product_attention`, or on the CPU through a kernel that takes half its time. What depends on
+positions alone, angles and mask, is made once per forward pass and shared by all blocks.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from engram.backbone.norm import RMSNorm
-from engram.backbone.rope import rotate, rotations
+from engram.backbone.rope import rotations
 from engram.config import GQAConfig, MLAConfig
-from engram.tensors import widen
+from engram.kernels import attention, norm_rotate
 
 
 class Positions(NamedTuple):
-    """Rotation angles `[T, dim / 2]`, and who may see whom `[B, 1, T, T]` (None: all earlier positions of the row)."""
+    """Rotation angles `[T, dim / 2]`, and what each position may see: all from `starts` `[B, T]` up to itself, and the
+    same as a mask `[B, 1, T, T]` where a mask is needed (None: all earlier positions of the row)."""
 
     cos: Tensor
     sin: Tensor
+    starts: Tensor | None
     mask: Tensor | None
 
 
@@ -33,10 +35,19 @@ def positions_of(token_ids: Tensor, document_ids: Tensor | None, config: GQAConf
     dim = config.head_dim if isinstance(config, GQAConfig) else config.qk_rope_head_dim
     cos, sin = rotations(T, dim, config.rope_theta, device)
     if document_ids is None:
-        return Positions(cos, sin, None)
+        return Positions(cos, sin, None, None)
+    if _has_kernel(token_ids.device, T):
+        changes = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+        starts = torch.where(changes, torch.arange(T, device=device), 0).cummax(1).values
+        return Positions(cos, sin, starts, None)
     same = document_ids[:, :, None] == document_ids[:, None, :]
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    return Positions(cos, sin, (same & causal).unsqueeze(1))
+    return Positions(cos, sin, None, (same & causal).unsqueeze(1))
+
+
+def _has_kernel(device: torch.device, T: int) -> bool:
+    """Whether attention goes through our kernel, which holds the scores of a head, T^2 of them."""
+    return device.type == "cpu" and T <= 8192
 
 
 class GroupedQueryAttention(nn.Module):
@@ -48,8 +59,8 @@ class GroupedQueryAttention(nn.Module):
         self.split = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
         self.qkv = nn.Linear(d_model, sum(self.split), bias=False)
         self.out = nn.Linear(config.n_heads * config.head_dim, d_model, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """`[B, T, d]` -> `[B, T, d]`."""
@@ -57,9 +68,8 @@ class GroupedQueryAttention(nn.Module):
             rearrange(part, "B T (h c) -> B h T c", c=self.config.head_dim)
             for part in self.qkv(x).split(self.split, dim=-1)
         )
-        q = rotate(self.q_norm(widen(q)), positions.cos, positions.sin)
-        k = rotate(self.k_norm(widen(k)), positions.cos, positions.sin)
-        y = _attend(q, k, v, positions.mask, grouped=self.config.n_kv_heads < self.config.n_heads)
+        q, k = _turn(q, positions, self.q_norm), _turn(k, positions, self.k_norm)
+        y = _attend(q, k, v, positions)
         return self.out(rearrange(y, "B h T c -> B T (h c)"))
 
 
@@ -88,24 +98,31 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = self.kv_down(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         kv = rearrange(self.kv_up(self.kv_norm(latent)), "B T (h c) -> B h T c", h=c.n_heads)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        k_rope = rotate(k_rope.unsqueeze(1), positions.cos, positions.sin).expand(-1, c.n_heads, -1, -1)
-        q = torch.cat([q_nope, rotate(q_rope, positions.cos, positions.sin)], dim=-1)
+        k_rope = _turn(k_rope.unsqueeze(1), positions).to(x.dtype).expand(-1, c.n_heads, -1, -1)
+        q = torch.cat([q_nope, _turn(q_rope, positions).to(q_nope.dtype)], dim=-1)
         k = torch.cat([k_nope, k_rope], dim=-1)
-        y = _attend(q, k, v, positions.mask, grouped=False)
+        y = _attend(q, k, v, positions)
         return self.out(rearrange(y, "B h T c -> B T (h c)"))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) -> Tensor:
+def _turn(heads: Tensor, positions: Positions, norm: RMSNorm | None = None) -> Tensor:
+    """Heads `[B, h, T, c]`, normed if there is a norm, turned by their positions' angles; float32 or wider."""
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    return norm_rotate(heads, weight, positions.cos, positions.sin, eps)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
     """Softmax attention of heads `[B, h, T, c]`, in the type of `v`; values may be narrower than queries and keys."""
-    # In bf16 the CPU's kernel (torch 2.13) takes two to three times as long, nearly all of it in the backward.
-    dtype = torch.promote_types(v.dtype, torch.float32) if v.device.type == "cpu" else v.dtype
-    # Heads of unequal width have no memory-saving kernel; zeros beside the values change nothing.
-    padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
     with torch.autocast(v.device.type, enabled=False):
+        if _has_kernel(v.device, v.shape[2]):
+            return attention(q, k, v, positions.starts)
+        # Heads of unequal width have no memory-saving kernel; zeros beside the values change nothing.
+        padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
+        mask, grouped = positions.mask, k.shape[1] < q.shape[1]
         y = F.scaled_dot_product_attention(
-            q.to(dtype), k.to(dtype), padded.to(dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            q.to(v.dtype), k.to(v.dtype), padded, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
-    return y[..., : v.shape[-1]].to(v.dtype)
+        return y[..., : v.shape[-1]]
 
 
 Attention = GroupedQueryAttention | MultiHeadLatentAttention

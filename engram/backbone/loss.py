@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram.kernels import cross_entropy_
 from engram.tensors import widen
 
 _CHUNK_LOGITS_CPU = 2**20  # 4 MiB of float32
@@ -26,22 +27,17 @@ class _MeanCrossEntropy(torch.autograd.Function):
         h, w = hidden_ND.to(dtype), head_VD.to(dtype)
         N, V = len(h), len(w)
         rows = min(N, _chunk_rows(w))
-        # Every chunk is computed in these two buffers: fresh ones would cost more than what is computed in them.
-        low_buffer = h.new_empty(rows, V)
-        wide_buffer = widen(h.new_empty(0)).new_empty(rows, V)
-        total = wide_buffer.new_zeros(())
+        # Every chunk is computed in this buffer: fresh ones would cost more than what is computed in them.
+        buffer = h.new_empty(rows, V)
         grad_h = torch.empty_like(h)
-        grad_w = torch.zeros_like(w, dtype=wide_buffer.dtype)
+        grad_w = torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+        total = grad_w.new_zeros(())
         for start in range(0, N, rows):
             part = slice(start, start + rows)
-            targets = targets_N[part].unsqueeze(1)
-            low, p = low_buffer[: len(targets)], wide_buffer[: len(targets)]
-            p.copy_(torch.mm(h[part], w.T, out=low))
-            total += _softmax_(p, targets).sum()
-            p.scatter_add_(1, targets, p.new_full((), -1.0).expand_as(targets))
-            low.copy_(p)
-            torch.mm(low, w, out=grad_h[part])
-            grad_w += low.T @ h[part]
+            logits = torch.mm(h[part], w.T, out=buffer[: len(targets_N[part])])
+            total += cross_entropy_(logits, targets_N[part]).sum()  # the logits are their gradient now
+            torch.mm(logits, w, out=grad_h[part])
+            grad_w += logits.T @ h[part]
         ctx.save_for_backward(grad_h, grad_w)
         ctx.types = hidden_ND.dtype, head_VD.dtype
         return total / N
@@ -51,15 +47,6 @@ class _MeanCrossEntropy(torch.autograd.Function):
         grad_h, grad_w = ctx.saved_tensors
         scale = grad / len(grad_h)
         return (grad_h * scale).to(ctx.types[0]), (grad_w * scale).to(ctx.types[1]), None, None
-
-
-def _softmax_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Turn logits `[N, V]` into probabilities in place; returns the losses of targets `[N, 1]`, `[N, 1]`."""
-    chosen = logits.gather(1, targets)
-    top = logits.amax(1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(1, keepdim=True)
-    logits.div_(total)
-    return total.log() + top - chosen
 
 
 def mean_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:

@@ -3,17 +3,9 @@
 import torch
 from torch import Tensor
 
-from engram.tensors import widen
-
 
 def rotations(T: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles of positions 0 to T-1, `[T, dim / 2]` each, float32."""
     frequencies = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     angles = torch.outer(torch.arange(T, device=device, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn `[B, heads, T, dim]` by the angles of its positions, in float32 or wider; the type of `x` is kept."""
-    first, second = widen(x).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

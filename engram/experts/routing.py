@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.config import MoEConfig
+from engram.kernels import load_native, route, scores_of
+from engram.tensors import widen
 
 
 class RoutingStats(NamedTuple):
@@ -34,6 +36,7 @@ class Router(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
+        load_native()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.d_model))
         nn.init.normal_(self.weight, std=config.d_model**-0.5)
@@ -43,23 +46,22 @@ class Router(nn.Module):
         """Hidden states `[B, T, d]` -> experts `[B, T, K]` (int64), their weights `[B, T, K]` and the statistics."""
         config = self.config
         with torch.autocast(x_BTD.device.type, enabled=False):
-            wide = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
-            logits = F.linear(wide, self.weight.to(wide.dtype))
-            scores = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(-1)
-        # The bias decides who is chosen and never how much weight the chosen get, so no gradient reaches it.
-        experts = (scores.detach() + self.bias).topk(config.top_k, dim=-1, sorted=False).indices
-        weights = scores.gather(-1, experts)
-        if config.normalize:
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-        weights = weights * config.route_scale
-        load = _count(experts.flatten().unsqueeze(0), config.n_experts).squeeze(0)
-        share = scores if config.score == "softmax" else scores / scores.sum(-1, keepdim=True)
-        aux = (
-            sequence_aux_loss(share, experts) * config.aux_weight
-            if config.balance == "sequence_aux"
-            else load.new_zeros((), dtype=torch.float32)
+            logits = F.linear(widen(x_BTD), self.weight.to(widen(x_BTD).dtype))
+        sigmoid = config.score == "sigmoid"
+        routed = route(
+            logits.flatten(0, 1),
+            self.bias,
+            config.top_k,
+            sigmoid=sigmoid,
+            normalize=config.normalize,
+            scale=config.route_scale,
         )
-        return experts, weights, RoutingStats(load, _mean_entropy(share), aux)
+        experts, weights = (x.view(*x_BTD.shape[:2], config.top_k) for x in (routed.experts, routed.weights))
+        aux = logits.new_zeros(())
+        if config.balance == "sequence_aux":
+            scores = scores_of(logits, sigmoid)
+            aux = sequence_aux_loss(scores / scores.sum(-1, keepdim=True), experts) * config.aux_weight
+        return experts, weights, RoutingStats(routed.load, routed.entropy, aux)
 
     @torch.no_grad()
     def update_balance(self, load_E: Tensor) -> None:
@@ -72,12 +74,6 @@ def _count(experts_BS: Tensor, n_experts: int) -> Tensor:
     """How often each row holds each expert, `[B, S]` -> `[B, E]`; unlike bincount it never waits for a GPU."""
     zeros_BE = experts_BS.new_zeros(len(experts_BS), n_experts)
     return zeros_BE.scatter_add_(1, experts_BS, torch.ones_like(experts_BS))
-
-
-@torch.no_grad()
-def _mean_entropy(share_BTE: Tensor) -> Tensor:
-    """In nats, over `[B, T]`. `torch.special.entr` takes twice as long: its logarithm is not vectorised."""
-    return -(share_BTE * share_BTE.clamp_min(torch.finfo(share_BTE.dtype).tiny).log()).sum(-1).mean()
 
 
 def sequence_aux_loss(share_BTE: Tensor, experts_BTK: Tensor) -> Tensor:

@@ -4,10 +4,29 @@ Each is one `torch.library` operator (`torch.ops.engram.*`), so that `torch.comp
 with a plain-torch reference that runs anywhere and, where a compiler is at hand, a C++ kernel for the CPU.
 """
 
+from engram.kernels.causal_attention import attention
 from engram.kernels.fusion import Fused, fuse_memory
 from engram.kernels.hashing import hash_ngrams
+from engram.kernels.loss import cross_entropy_
 from engram.kernels.native import load_native
+from engram.kernels.norm import norm_rotate, rms_norm
+from engram.kernels.routing import Routed, route, scores_of
 from engram.kernels.rows import combine_rows, row_adam_
 from engram.kernels.swiglu import weighted_swiglu
 
-__all__ = ["Fused", "combine_rows", "fuse_memory", "hash_ngrams", "load_native", "row_adam_", "weighted_swiglu"]
+__all__ = [
+    "Fused",
+    "Routed",
+    "attention",
+    "combine_rows",
+    "cross_entropy_",
+    "fuse_memory",
+    "hash_ngrams",
+    "load_native",
+    "norm_rotate",
+    "rms_norm",
+    "route",
+    "row_adam_",
+    "scores_of",
+    "weighted_swiglu",
+]

@@ -20,7 +20,17 @@ from pathlib import Path
 import torch
 
 _SOURCES = Path(__file__).parent / "cpu"
-_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-std=c++20",
+    "-fopenmp",
+    "-fPIC",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+)
 
 
 @functools.cache

@@ -4,11 +4,19 @@ Only rows that were read get a gradient (a sparse COO tensor), so that neither b
 work in proportion to the table. Source: arXiv:2601.07372, sections 2.1 and 2.5.
 """
 
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.config import require
+from engram.kernels.library import LIBRARY, define
 
 
 class MemoryTable(nn.Module):
@@ -16,6 +24,10 @@ class MemoryTable(nn.Module):
 
     Rows start as N(0, 0.02^2). The demonstration code has nn.Embedding's N(0, 1); rows that are never trained then add
     noise that hides what trained rows say, and small models learn markedly slower.
+
+    Under `torch.compile` the gradient is put into `weight.grad` by the backward pass itself, since compiled graphs
+    can't carry sparse tensors: it is there for optimisers and clipping, but `torch.autograd.grad` and hooks don't see
+    it.
 
     Raises:
         ConfigError: `n_rows` or `width` below 1.
@@ -27,6 +39,7 @@ class MemoryTable(nn.Module):
         require(width >= 1, "width", width, "1 or more")
         self.weight = nn.Parameter(torch.empty(n_rows, width))
         self.reset_parameters()
+        self._enter()
 
     def reset_parameters(self) -> None:
         """Draw all rows anew."""
@@ -34,8 +47,66 @@ class MemoryTable(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows `[..., H]` (int64 indices) -> their values `[..., H, width]`."""
+        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        if learns and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return _read_rows(self.weight, rows, self._anchor, self._number)
         return F.embedding(rows, self.weight, sparse=True)
 
     def extra_repr(self) -> str:
         n_rows, width = self.weight.shape
         return f"n_rows={n_rows}, width={width}"
+
+    def _enter(self) -> None:
+        """Get a number by which compiled backward passes find this table, and an anchor on its device."""
+        self._number = next(_NUMBERS)
+        _TABLES[self._number] = self
+        # Something small that takes a gradient, or autograd would not go back through the reading at all.
+        self._anchor = torch.zeros(1, device=self.weight.device, requires_grad=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryTable:
+        super()._apply(fn, recurse)
+        self._enter()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enter()  # a copy is another table
+
+
+_NUMBERS = itertools.count()
+_READINGS = itertools.count()
+_TABLES: weakref.WeakValueDictionary[int, MemoryTable] = weakref.WeakValueDictionary()
+
+
+def _keep_row_gradient_now(grad: Tensor, rows: Tensor, number: int, call: int) -> Tensor:
+    weight = _TABLES[number].weight
+    values = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
+    sparse = torch.sparse_coo_tensor(rows.reshape(1, -1), values, weight.shape, check_invariants=False)
+    weight.grad = sparse if weight.grad is None else weight.grad + sparse
+    return grad.new_zeros(1, dtype=torch.float32)
+
+
+_keep_row_gradient = define(
+    "keep_row_gradient(Tensor grad, Tensor rows, int number, int call) -> Tensor",
+    _keep_row_gradient_now,
+    lambda grad, rows, number, call: grad.new_zeros(1, dtype=torch.float32),
+)
+_read_rows = define(
+    "read_rows(Tensor weight, Tensor rows, Tensor anchor, int number) -> Tensor",
+    lambda weight, rows, anchor, number: F.embedding(rows, weight),
+    lambda weight, rows, anchor, number: weight.new_empty(*rows.shape, weight.shape[1]),
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    _, rows, _, ctx.number = inputs
+    ctx.save_for_backward(rows)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+    (rows,) = ctx.saved_tensors
+    # A number of its own for each reading, or the compiler would take two with equal gradients for one.
+    return None, None, _keep_row_gradient(grad, rows, ctx.number, next(_READINGS)), None
+
+
+torch.library.register_autograd("engram::read_rows", _backward, setup_context=_setup, lib=LIBRARY)

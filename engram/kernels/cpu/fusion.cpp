@@ -39,23 +39,23 @@ struct Shape {
 template <typename W> struct Weights {
   std::vector<W> gate, conv, query, key, norm, taps;
   template <typename P>
-  static std::vector<W> widened(const at::Tensor& x) {
+  static std::vector<W> numbers_of(const at::Tensor& x) {
     const auto c = x.contiguous();
     const P* p = c.const_data_ptr<P>();
     return std::vector<W>(p, p + c.numel());
   }
-  static std::vector<W> widened(const at::Tensor& x) {
+  static std::vector<W> numbers_of(const at::Tensor& x) {
     std::vector<W> result;
-    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "weights", [&] { result = widened<scalar_t>(x); });
+    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "weights", [&] { result = numbers_of<scalar_t>(x); });
     return result;
   }
   Weights(const at::Tensor& query_norm, const at::Tensor& key_norm, const Maybe& conv_norm, const Maybe& conv_weight)
-      : query(widened(query_norm)), key(widened(key_norm)) {
+      : query(numbers_of(query_norm)), key(numbers_of(key_norm)) {
     gate.resize(query.size());
     for (size_t i = 0; i < gate.size(); ++i) gate[i] = query[i] * key[i];
     if (conv_weight) {
-      norm = widened(*conv_norm);
-      taps = widened(*conv_weight);
+      norm = numbers_of(*conv_norm);
+      taps = numbers_of(*conv_weight);
       conv.resize(taps.size());
       for (size_t i = 0; i < conv.size(); ++i) conv[i] = taps[i] * norm[i % norm.size()];
     }
@@ -84,7 +84,7 @@ void convolve(const Shape& s, const Weights<W>& w, int64_t n, int64_t m, const V
     const V* v = inside ? kv + (n - back) * width + s.M * s.D : past_values + (b * s.past + s.past + t) * s.D;
     const W* tap = w.conv.data() + (j * s.M + m) * s.D;
 #pragma omp simd
-    for (int64_t d = 0; d < s.D; ++d) z[d] += tap[d] * c * static_cast<W>(v[d]);
+    for (int64_t d = 0; d < s.D; ++d) z[d] += tap[d] * c * widened(v[d]);
   }
 }
 
@@ -106,7 +106,7 @@ void forward(const Shape& s, const Weights<wide_t<H>>& w, const H* hidden, const
       const V* v = kv + n * width + M * D;
       W vv = 0;
 #pragma omp simd reduction(+ : vv)
-      for (int64_t d = 0; d < D; ++d) vv += static_cast<W>(v[d]) * static_cast<W>(v[d]);
+      for (int64_t d = 0; d < D; ++d) vv += widened(v[d]) * widened(v[d]);
       for (int64_t m = 0; m < M; ++m) {
         const H* h = hidden + (n * M + m) * D;
         const V* k = kv + n * width + m * D;
@@ -114,7 +114,7 @@ void forward(const Shape& s, const Weights<wide_t<H>>& w, const H* hidden, const
         W hh = 0, kk = 0, hk = 0;
 #pragma omp simd reduction(+ : hh, kk, hk)
         for (int64_t d = 0; d < D; ++d) {
-          const W x = static_cast<W>(h[d]), y = static_cast<W>(k[d]);
+          const W x = widened(h[d]), y = widened(k[d]);
           hh += x * x;
           kk += y * y;
           hk += x * y * g[d];
@@ -148,33 +148,15 @@ void forward(const Shape& s, const Weights<wide_t<H>>& w, const H* hidden, const
         if (residual) {
 #pragma omp simd
           for (int64_t d = 0; d < D; ++d)
-            y[d] = static_cast<H>(static_cast<W>(h[d]) + a * static_cast<W>(v[d]) + added[d]);
+            y[d] = narrowed<H>(widened(h[d]) + a * widened(v[d]) + added[d]);
         } else {
 #pragma omp simd
-          for (int64_t d = 0; d < D; ++d) y[d] = static_cast<H>(a * static_cast<W>(v[d]) + added[d]);
+          for (int64_t d = 0; d < D; ++d) y[d] = narrowed<H>(a * widened(v[d]) + added[d]);
         }
       }
     }
   });
 }
-
-// Sums over tokens, one copy for each thread so that none waits, added up at the end in the order of threads.
-template <typename W> struct PerThread {
-  int64_t size;
-  std::vector<std::vector<W>> parts;
-  explicit PerThread(int64_t size_) : size(size_), parts(at::get_num_threads()) {}
-  W* mine() {
-    auto& part = parts[at::get_thread_num()];
-    if (part.empty()) part.assign(size, W(0));
-    return part.data();
-  }
-  std::vector<W> total() const {
-    std::vector<W> sum(size, W(0));
-    for (const auto& part : parts)
-      for (size_t i = 0; i < part.size(); ++i) sum[i] += part[i];
-    return sum;
-  }
-};
 
 template <typename H, typename V>
 void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, const wide_t<H>* grad_alpha, const H* hidden,
@@ -197,8 +179,8 @@ void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, co
 #pragma omp simd
           for (int64_t d = 0; d < D; ++d) {
             const W sig = sigmoid(z[d]);
-            z[d] = static_cast<W>(gy[d]) * sig * (1 + z[d] * (1 - sig));
-            gz[d] = static_cast<H>(z[d]);
+            z[d] = widened(gy[d]) * sig * (1 + z[d] * (1 - sig));
+            gz[d] = narrowed<H>(z[d]);
           }
           for (int64_t j = 0; j < s.taps; ++j) {
             const int64_t back = (s.taps - 1 - j) * s.dilation;
@@ -209,7 +191,7 @@ void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, co
             const V* v = inside ? kv + (n - back) * width + M * D : past_values + (b * s.past + s.past + t) * D;
             W* sum = sums + (j * M + m) * D;
 #pragma omp simd
-            for (int64_t d = 0; d < D; ++d) sum[d] += z[d] * c * static_cast<W>(v[d]);
+            for (int64_t d = 0; d < D; ++d) sum[d] += z[d] * c * widened(v[d]);
           }
         }
       }
@@ -239,12 +221,12 @@ void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, co
             const H* gz = grad_z + ((n + ahead) * M + m) * D;
             const W* tap = w.conv.data() + (j * M + m) * D;
 #pragma omp simd
-            for (int64_t d = 0; d < D; ++d) q[d] += tap[d] * static_cast<W>(gz[d]);
+            for (int64_t d = 0; d < D; ++d) q[d] += tap[d] * widened(gz[d]);
           }
           const W c = a * rho;
 #pragma omp simd reduction(+ : gate_v, conv_v)
           for (int64_t d = 0; d < D; ++d) {
-            const W x = static_cast<W>(v[d]), y = static_cast<W>(gy[d]);
+            const W x = widened(v[d]), y = widened(gy[d]);
             gate_v += y * x;
             conv_v += q[d] * x;
             grad_v[d] += c * q[d] + a * y;
@@ -255,7 +237,7 @@ void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, co
         } else if (!off) {
 #pragma omp simd reduction(+ : gate_v)
           for (int64_t d = 0; d < D; ++d) {
-            const W x = static_cast<W>(v[d]), y = static_cast<W>(gy[d]);
+            const W x = widened(v[d]), y = widened(gy[d]);
             gate_v += y * x;
             grad_v[d] += a_used * y;
           }
@@ -273,15 +255,15 @@ void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, co
         const W kept = residual ? W(1) : W(0);
 #pragma omp simd
         for (int64_t d = 0; d < D; ++d) {
-          const W x = static_cast<W>(h[d]), y = static_cast<W>(k[d]);
-          gh[d] = static_cast<H>(kept * static_cast<W>(gy[d]) + cross * y * gate[d] + along_h * x);
-          gk[d] = static_cast<V>(cross * x * gate[d] + along_k * y);
+          const W x = widened(h[d]), y = widened(k[d]);
+          gh[d] = narrowed<H>(kept * widened(gy[d]) + cross * y * gate[d] + along_h * x);
+          gk[d] = narrowed<V>(cross * x * gate[d] + along_k * y);
           sum[d] += cross * x * y;
         }
       }
       V* gv = grad_kv + n * width + M * D;
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) gv[d] = static_cast<V>(grad_v[d] + along_v * static_cast<W>(v[d]));
+      for (int64_t d = 0; d < D; ++d) gv[d] = narrowed<V>(grad_v[d] + along_v * widened(v[d]));
     }
   });
 }
@@ -344,8 +326,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, query_norm.scalar_type(), "fuse_memory_backward", [&] {
       scalar_t *gq = grad_query.mutable_data_ptr<scalar_t>(), *gk = grad_key.mutable_data_ptr<scalar_t>();
       for (size_t i = 0; i < gate.size(); ++i) {
-        gq[i] = static_cast<scalar_t>(gate[i] * w.key[i]);
-        gk[i] = static_cast<scalar_t>(gate[i] * w.query[i]);
+        gq[i] = narrowed<scalar_t>(gate[i] * w.key[i]);
+        gk[i] = narrowed<scalar_t>(gate[i] * w.query[i]);
       }
       if (!s.taps) return;
       scalar_t *gn = grad_norm.mutable_data_ptr<scalar_t>(), *gw = grad_weight.mutable_data_ptr<scalar_t>();
@@ -354,9 +336,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
         for (int64_t j = 0; j < s.taps; ++j) {
           const size_t at = j * w.norm.size() + i;
           sum += conv[at] * w.taps[at];
-          gw[at] = static_cast<scalar_t>(conv[at] * w.norm[i]);
+          gw[at] = narrowed<scalar_t>(conv[at] * w.norm[i]);
         }
-        gn[i] = static_cast<scalar_t>(sum);
+        gn[i] = narrowed<scalar_t>(sum);
       }
     });
   });

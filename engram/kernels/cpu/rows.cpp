@@ -22,9 +22,9 @@ void sum_groups(const T* g, const int64_t* from, const std::vector<int64_t>& sta
       for (int64_t k = starts[i]; k < starts[i + 1]; ++k) {
         const T* one = g + from[k] * W;
 #pragma omp simd
-        for (int64_t w = 0; w < W; ++w) total[w] += static_cast<wide>(one[w]);
+        for (int64_t w = 0; w < W; ++w) total[w] += widened(one[w]);
       }
-      for (int64_t w = 0; w < W; ++w) sum[i * W + w] = static_cast<T>(total[w]);
+      for (int64_t w = 0; w < W; ++w) sum[i * W + w] = narrowed<T>(total[w]);
     }
   });
 }
@@ -111,20 +111,20 @@ void move_rows(const Adam& a, const int64_t* row, int64_t u, const T* gradients,
       if (by_row) {
         wide square = 0;
 #pragma omp simd reduction(+ : square)
-        for (int64_t k = 0; k < W; ++k) square += static_cast<wide>(g[k]) * static_cast<wide>(g[k]);
+        for (int64_t k = 0; k < W; ++k) square += widened(g[k]) * widened(g[k]);
         seconds[r] = decay2 * seconds[r] + new2 * (square / W);
         row_root = std::sqrt(seconds[r] * unbias) + eps;
       }
 #pragma omp simd
       for (int64_t k = 0; k < W; ++k) {
-        const wide gradient = static_cast<wide>(g[k]);
+        const wide gradient = widened(g[k]);
         wide first = gradient, root = row_root;
         if (m) first = m[k] = decay1 * m[k] + new1 * gradient;
         if (v) {
           v[k] = decay2 * v[k] + new2 * gradient * gradient;
           root = std::sqrt(v[k] * unbias) + eps;
         }
-        w[k] = rounded<T>(static_cast<wide>(w[k]) - rate * first / root,
+        w[k] = rounded<T>(widened(w[k]) - rate * first / root,
                           scramble(random + static_cast<uint32_t>(k) * 0x9e3779b9u));
       }
     }

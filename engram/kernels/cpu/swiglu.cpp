@@ -13,11 +13,11 @@ template <typename T> void forward(const T* in, const T* weight, int64_t P, int6
     for (int64_t p = begin; p < end; ++p) {
       const T *gate = in + p * 2 * F, *up = gate + F;
       T* h = out + p * F;
-      const W w = static_cast<W>(weight[p]);
+      const W w = widened(weight[p]);
 #pragma omp simd
       for (int64_t f = 0; f < F; ++f) {
-        const W x = static_cast<W>(gate[f]);
-        h[f] = static_cast<T>(x * sigmoid(x) * static_cast<W>(up[f]) * w);
+        const W x = widened(gate[f]);
+        h[f] = narrowed<T>(x * sigmoid(x) * widened(up[f]) * w);
       }
     }
   });
@@ -30,17 +30,17 @@ void backward(const T* grad, const T* in, const T* weight, int64_t P, int64_t F,
     for (int64_t p = begin; p < end; ++p) {
       const T *gate = in + p * 2 * F, *up = gate + F, *g = grad + p * F;
       T *g_gate = out + p * 2 * F, *g_up = g_gate + F;
-      const W w = static_cast<W>(weight[p]);
+      const W w = widened(weight[p]);
       W sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t f = 0; f < F; ++f) {
-        const W x = static_cast<W>(gate[f]), u = static_cast<W>(up[f]), y = static_cast<W>(g[f]);
+        const W x = widened(gate[f]), u = widened(up[f]), y = widened(g[f]);
         const W sig = sigmoid(x), silu = x * sig;
-        g_gate[f] = static_cast<T>(y * w * u * sig * (1 + x * (1 - sig)));
-        g_up[f] = static_cast<T>(y * w * silu);
+        g_gate[f] = narrowed<T>(y * w * u * sig * (1 + x * (1 - sig)));
+        g_up[f] = narrowed<T>(y * w * silu);
         sum += y * silu * u;
       }
-      out_weight[p] = static_cast<T>(sum);
+      out_weight[p] = narrowed<T>(sum);
     }
   });
 }

@@ -1,0 +1,93 @@
+"""Routing: the C++ kernel against its reference, and both gradients against autograd of the equations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram.kernels import load_native, route
+from engram.kernels.routing import route_backward_reference, route_reference, scores_of
+
+SETTINGS = ("sigmoid", "normalize", "scale")
+cases = st.fixed_dictionaries(
+    {"sigmoid": st.booleans(), "normalize": st.booleans(), "scale": st.sampled_from([1.0, 2.5])}
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases, st.integers(1, 40), st.integers(1, 70), st.data())
+def test_choice_weights_load_and_entropy_follow_the_equations(case: Any, N: int, E: int, data: st.DataObject) -> None:
+    load_native()
+    k = data.draw(st.integers(1, E))
+    g = torch.Generator().manual_seed(N * 100 + E)
+    logits = 3 * torch.randn(N, E, generator=g, dtype=torch.float64)
+    bias = 0.1 * torch.randn(E, generator=g, dtype=torch.float64)
+    routed, reference = (
+        route(logits, bias, k, **case),
+        route_reference(logits, bias, k, *(case[name] for name in SETTINGS)),
+    )
+    for name, ours, theirs in zip(routed._fields[2:], routed[2:], reference[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
+    for experts, weights in (routed[:2], reference[:2]):
+        scores = scores_of(logits, case["sigmoid"])
+        keys = scores + bias
+        for n in range(N):
+            chosen = experts[n].tolist()
+            assert len(set(chosen)) == k
+            left = [e for e in range(E) if e not in chosen]
+            assert not left or keys[n, chosen].min() >= keys[n, left].max()
+            expected = scores[n, chosen]
+            expected = expected / expected.sum() if case["normalize"] else expected
+            torch.testing.assert_close(weights[n], expected * case["scale"])
+    share = scores / scores.sum(-1, keepdim=True)
+    torch.testing.assert_close(routed.entropy, torch.special.entr(share).sum(-1).mean())
+    assert routed.load.tolist() == torch.bincount(routed.experts.flatten(), minlength=E).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases, st.integers(1, 9), st.integers(1, 20), st.data())
+def test_gradients_are_those_of_the_equations(case: Any, N: int, E: int, data: st.DataObject) -> None:
+    load_native()
+    k = data.draw(st.integers(1, E))
+    g = torch.Generator().manual_seed(N * 100 + E)
+    logits = torch.randn(N, E, generator=g, dtype=torch.float64).requires_grad_()
+    routed = route(logits, torch.zeros(E, dtype=torch.float64), k, **case)
+    chosen = scores_of(logits, case["sigmoid"]).gather(-1, routed.experts)
+    weights = (chosen / chosen.sum(-1, keepdim=True) if case["normalize"] else chosen) * case["scale"]
+    grad = torch.randn(N, k, generator=g, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(weights, logits, grad)
+    (ours,) = torch.autograd.grad(routed.weights, logits, grad)
+    torch.testing.assert_close(ours, expected)
+    by_hand = route_backward_reference(grad, logits.detach(), routed.experts, *(case[name] for name in SETTINGS))
+    torch.testing.assert_close(by_hand, expected)
+
+
+def test_scores_of_nothing_give_weights_of_nothing() -> None:
+    """Sigmoids that underflow: the weights' sum is floored, and no gradient is infinite."""
+    load_native()
+    logits = torch.full((2, 5), -200.0, requires_grad=True)
+    routed = route(logits, torch.zeros(5), 2, sigmoid=True, normalize=True, scale=1.0)
+    routed.weights.sum().backward()
+    assert routed.weights.isfinite().all()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sigmoid", [True, False])
+def test_float32_is_near_float64(sigmoid: bool) -> None:
+    load_native()
+    logits, bias = 4 * torch.randn(500, 67), torch.zeros(67)
+    options: Any = {"sigmoid": sigmoid, "normalize": True, "scale": 1.0}
+    low, high = route(logits, bias, 4, **options), route(logits.double(), bias.double(), 4, **options)
+    torch.testing.assert_close(low.entropy.double(), high.entropy, rtol=1e-5, atol=0)
+    assert torch.equal(low.load, high.load)
+    torch.testing.assert_close(low.weights.sort().values.double(), high.weights.sort().values, rtol=1e-5, atol=1e-6)
+
+
+def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
+    arguments = (torch.randn(6, 9, requires_grad=True), torch.zeros(9), 2, True, True, 1.0)
+    torch.library.opcheck(torch.ops.engram.route.default, arguments)
