@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 MemoryKind = Literal["engram", "over_encoding", "additive_bigram", "capacity_one", "shuffled", "frozen_random"]
 HashFamily = Literal["deepseek", "qwen"]
 GateKind = Literal["signed_sqrt", "plain"]
+TableType = Literal["float32", "bfloat16"]
+SecondMoment = Literal["element", "row"]
 ScoreKind = Literal["softmax", "sigmoid"]
 BalanceKind = Literal["bias", "sequence_aux", "none"]
 
@@ -128,6 +130,8 @@ class MemoryConfig:
     `row_width` wide rows whose number of rows is a prime not below `rows[i]` of its order; all rows 0 means that
     no memory is built (the rho = 1 end of an allocation), while the rest stays as the template for `split`.
     `d_model`, `vocab_size` and `branches` 0 take the enclosing model's. `conv_dilation` 0 takes the largest order.
+    `table_dtype` is the type in which rows are kept and trained: bfloat16 halves them, and `RowAdam` rounds its updates
+    at random, so that small ones are not lost. All other weights have the model's type.
     """
 
     kind: MemoryKind = "engram"
@@ -136,6 +140,7 @@ class MemoryConfig:
     n_heads: int = 8
     row_width: int = 80
     rows: tuple[int, ...] = (0, 0)
+    table_dtype: TableType = "float32"
     hash: HashFamily = "deepseek"
     seed: int = 0
     pad_id: int = 0
@@ -156,6 +161,7 @@ class MemoryConfig:
         require_one_of("memory.kind", self.kind, MemoryKind)
         require_one_of("memory.hash", self.hash, HashFamily)
         require_one_of("memory.gate", self.gate, GateKind)
+        require_one_of("memory.table_dtype", self.table_dtype, TableType)
         require(
             len(self.layers) > 0 and list(self.layers) == sorted(set(self.layers)) and self.layers[0] >= 0,
             "memory.layers",

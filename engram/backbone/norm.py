@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engram.kernels import load_native, rms_norm
+from engram.kernels import load_kernels, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -13,7 +13,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, d: int, eps: float) -> None:
         super().__init__()
-        load_native()
+        load_kernels()
         self.weight = nn.Parameter(torch.ones(d))
         self.eps = eps
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engram.budget.costs import costs, table_rows
-from engram.config import ModelConfig, require
+from engram.config import ModelConfig, SecondMoment, require, require_one_of
+
+_TYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,30 @@ class Footprint:
 
 
 def training_memory(
-    config: ModelConfig, tokens: int, value_bytes: int = 4, moments: int = 2
+    config: ModelConfig,
+    tokens: int,
+    value_bytes: int = 4,
+    moments: int = 2,
+    *,
+    table_first_moment: bool = True,
+    table_second_moment: SecondMoment = "element",
 ) -> tuple[Footprint, Footprint]:
     """Bytes that training holds on one device, unsharded: of everything but the tables, and of the tables.
 
     Args:
         config: the model.
         tokens: tokens in a batch between two optimiser steps; they bound the rows that get a gradient.
-        value_bytes: bytes of a weight, of its gradient and of each of its moments.
+        value_bytes: bytes of a dense weight, of its gradient and of each of its moments.
         moments: moments that the optimiser of the dense parameters holds (AdamW 2, Muon 1).
+        table_first_moment: whether tables have first moments (not with `table_beta1` 0).
+        table_second_moment: one for each `element` of a table, or for each `row`.
 
-    Tables are taken to have a row-sparse Adam: two moments, and a 4-byte step number for each row. Their gradient holds
-    a row and its 8-byte index for each token and head, before tokens with the same row are merged. Frozen tables have
-    neither. Activations are not counted. Raises `ConfigError` for numbers below 0.
+    Tables are taken to have `RowAdam`: 4 bytes for a moment, whatever the tables' type, and for each row's step number.
+    Rows and their gradients have the bytes of `table_dtype`; the gradient holds a row and its 8-byte index for each
+    token and head, before tokens with the same row are merged. Frozen tables have neither gradient nor state.
+    Activations are not counted. Raises `ConfigError` for numbers below 0 and for another second moment.
     """
+    require_one_of("table_second_moment", table_second_moment, SecondMoment)
     for name, value in (("tokens", tokens), ("value_bytes", value_bytes), ("moments", moments)):
         require(value >= 0, name, value, "0 or more")
     total = sum(cost.total for cost in costs(config, 1).values())
@@ -50,11 +62,13 @@ def training_memory(
     rows = table_rows(memory)
     values = sum(rows) * memory.row_width
     dense = _dense(total - values, value_bytes, moments)
+    table_bytes = _TYPE_BYTES[memory.table_dtype]
     if memory.kind == "frozen_random":
-        return dense, Footprint(values * value_bytes, 0, 0)
+        return dense, Footprint(values * table_bytes, 0, 0)
     lookups = tokens * len(rows) * len(memory.orders) * memory.n_heads
-    gradients = lookups * (memory.row_width * value_bytes + 8)
-    return dense, Footprint(values * value_bytes, gradients, 2 * values * value_bytes + 4 * sum(rows))
+    gradients = lookups * (memory.row_width * table_bytes + 8)
+    numbers = values * table_first_moment + (values if table_second_moment == "element" else sum(rows)) + sum(rows)
+    return dense, Footprint(values * table_bytes, gradients, 4 * numbers)
 
 
 def _dense(count: int, value_bytes: int, moments: int) -> Footprint:

@@ -136,7 +136,7 @@ def grouped_swiglu(
     layout = lay_out(experts_NK, load_E, multiple)
     token_P = layout.token_P
     # Weighting the hidden layer, the narrowest, costs least; padding gets weight 0, so that it adds to no gradient.
-    weights = torch.cat([weights_NK.flatten(), weights_NK.new_zeros(1)]).to(x_ND.dtype)
+    weights = torch.cat([weights_NK.flatten(), weights_NK.new_zeros(1)])
     x_PD = _Spread.apply(x_ND, token_P, layout.place_NK)
     h_PF = weighted_swiglu(product(x_PD, w_gate_up, layout), weights.index_select(0, layout.copy_P))
     return _Collect.apply(product(h_PF, w_down, layout), token_P, layout.place_NK)

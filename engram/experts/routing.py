@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.config import MoEConfig
-from engram.kernels import load_native, route, scores_of
+from engram.kernels import load_kernels, route, scores_of
 from engram.tensors import widen
 
 
@@ -36,7 +36,7 @@ class Router(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        load_native()
+        load_kernels()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.d_model))
         nn.init.normal_(self.weight, std=config.d_model**-0.5)

@@ -7,11 +7,12 @@ with a plain-torch reference that runs anywhere and, where a compiler is at hand
 from engram.kernels.causal_attention import attention
 from engram.kernels.fusion import Fused, fuse_memory
 from engram.kernels.hashing import hash_ngrams
+from engram.kernels.loading import load_kernels
 from engram.kernels.loss import cross_entropy_
 from engram.kernels.native import load_native
 from engram.kernels.norm import norm_rotate, rms_norm
 from engram.kernels.routing import Routed, route, scores_of
-from engram.kernels.rows import combine_rows, row_adam_
+from engram.kernels.rows import combine_rows, gather_rows, row_adam_
 from engram.kernels.swiglu import weighted_swiglu
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "combine_rows",
     "cross_entropy_",
     "fuse_memory",
+    "gather_rows",
     "hash_ngrams",
+    "load_kernels",
     "load_native",
     "norm_rotate",
     "rms_norm",

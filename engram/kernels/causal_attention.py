@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from engram.kernels.library import LIBRARY, define
 
@@ -123,6 +124,21 @@ _backward_op = define(
     _attention_backward,
     lambda grad, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
 )
+
+
+def _flops(q: Any, k: Any, v: Any, *rest: Any, **others: Any) -> int:
+    """Of the two products, in the way of torch's counter: by shapes, whatever the mask."""
+    (G, R, c), T = q, k[1]
+    return 2 * G * R * T * (c + v[2])
+
+
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **others: Any) -> int:
+    (G, R, c), T = q, k[1]
+    return 2 * G * R * T * (3 * c + 2 * v[2])
+
+
+register_flop_formula(torch.ops.engram.attention)(_flops)
+register_flop_formula(torch.ops.engram.attention_backward)(_backward_flops)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -37,7 +37,7 @@ _FLAGS = (
 def load_native() -> bool:
     """Load the C++ kernels, after compiling them if this machine has not yet; False, with a warning, if that fails.
 
-    What a layer that can use them calls when it is built. Only the first call in a process does anything.
+    Only the first call in a process does anything.
     """
     try:
         torch.ops.load_library(str(_built()))

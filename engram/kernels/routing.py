@@ -32,7 +32,7 @@ def route_reference(
     share = scores.detach() / scores.detach().sum(-1, keepdim=True)
     # `torch.special.entr` takes twice as long: its logarithm is not vectorised.
     entropy = -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(-1).mean()
-    return experts, weights * scale, load, entropy
+    return weights * scale, experts, load, entropy
 
 
 def route_backward_reference(
@@ -56,7 +56,7 @@ def route_backward_reference(
 def _fake(logits: Tensor, bias: Tensor, k: int, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, E = logits.shape
     experts, load = (logits.new_empty(shape, dtype=torch.int64) for shape in ((N, k), (E,)))
-    return experts, logits.new_empty(N, k), load, logits.new_empty(())
+    return logits.new_empty(N, k), experts, load, logits.new_empty(())
 
 
 _SETTINGS = "bool sigmoid, bool normalize, float scale"
@@ -71,13 +71,13 @@ _backward_op = define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    experts, _, load, entropy = output
+    _, experts, load, entropy = output
     ctx.mark_non_differentiable(experts, load, entropy)
     ctx.save_for_backward(inputs[0], experts)
     ctx.settings = inputs[3:]
 
 
-def _backward(ctx: Any, _: Any, grad_weights: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_weights: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     return _backward_op(grad_weights, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
 
 
@@ -85,11 +85,11 @@ torch.library.register_autograd("engram::route", _backward, setup_context=_setup
 
 
 class Routed(NamedTuple):
-    """experts: `[N, K]`, int64. weights: `[N, K]`. load: tokens of each expert, `[E]`, int64. entropy: of the scores
+    """weights: `[N, K]`. experts: `[N, K]`, int64. load: tokens of each expert, `[E]`, int64. entropy: of the scores
     divided by their sum, mean over tokens, in nats, `[]`."""
 
-    experts: Tensor
     weights: Tensor
+    experts: Tensor
     load: Tensor
     entropy: Tensor
 

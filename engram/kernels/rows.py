@@ -1,14 +1,33 @@
-"""Row-sparse gradients: duplicates of a row combined, and Adam (arXiv:1412.6980) on the rows that were read."""
+"""Rows of a table: read; their gradients, duplicates combined; and moved by Adam (arXiv:1412.6980)."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engram.kernels.library import define
 from engram.tensors import widen
 
 _MASK = 0xFFFFFFFF
+
+
+def gather_rows_reference(table: Tensor, rows: Tensor) -> Tensor:
+    """`gather_rows` in plain torch."""
+    return F.embedding(rows, table)
+
+
+_gather_rows = define(
+    "gather_rows(Tensor table, Tensor rows) -> Tensor",
+    gather_rows_reference,
+    lambda table, rows: table.new_empty(*rows.shape, table.shape[1]),
+)
+
+
+def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[...]` (int64) of a table `[R, W]`, `[..., W]`. Not differentiable. Raises IndexError beyond the table, on
+    the CPU."""
+    return _gather_rows(table, rows)
 
 
 def combine_rows_reference(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ class UngatedMemory(nn.Module, ABC):
         """Update for T new tokens that follow `state`, and the state after them; the given state is left as it was."""
         documents = documents_of(token_ids, document_ids, padding_mask)
         rows_BTH, following = self.source.reader.step(token_ids, state, documents)
-        update = self.update(hidden, self.source.table(rows_BTH).flatten(-2))
+        update = self.update(hidden, self.source.table.concatenated(rows_BTH, hidden.dtype))
         if padding_mask is not None:
             update = update * padding_mask.view(*padding_mask.shape, *[1] * (hidden.ndim - 2))
         return update, following
@@ -99,7 +99,7 @@ class OverEncoding(UngatedMemory):
         super().__init__(config)
         self.n_heads = len(config.orders) * config.n_heads
         self.reader = RowReader(config, config.layers[0], lookup)
-        self.table = MemoryTable(self.reader.n_rows, config.row_width)
+        self.table = MemoryTable(self.reader.n_rows, config.row_width, getattr(torch, config.table_dtype))
         # The sum of all heads' projections is one product with the concatenated rows.
         self.project = nn.Linear(config.d_memory, config.d_model, bias=False)
 
@@ -121,7 +121,7 @@ class AdditiveBigram(UngatedMemory):
         self.scale = nn.Parameter(torch.tensor(0.1))
         if owner is None:
             self.reader = RowReader(config, config.layers[0], lookup)
-            self.table = MemoryTable(self.reader.n_rows, config.row_width)
+            self.table = MemoryTable(self.reader.n_rows, config.row_width, getattr(torch, config.table_dtype))
             nn.init.zeros_(self.table.weight)
         self._owner = (self if owner is None else owner,)  # in a tuple, so that the owner is not a submodule here
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import MemoryConfig
-from engram.kernels import Fused, fuse_memory, load_native
+from engram.kernels import Fused, fuse_memory, load_kernels
 from engram.memory.hashing import NO_DOCUMENT
 
 
@@ -38,7 +38,7 @@ class Fusion(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        load_native()
+        load_kernels()
         M, D, taps = config.branches, config.d_model, config.conv_kernel
         self.query_norm = nn.Parameter(torch.ones(M, D))
         self.key_norm = nn.Parameter(torch.ones(M, D))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import MemoryConfig, require
-from engram.kernels import hash_ngrams, load_native
+from engram.kernels import hash_ngrams, load_kernels
 from engram.memory.primes import next_primes
 from engram.tensors import require_ids
 
@@ -103,7 +103,7 @@ class NgramHasher(nn.Module):
         self, config: MemoryConfig, n_canonical: int, pad_id: int | None = None, eos_id: int | None = None
     ) -> None:
         super().__init__()
-        load_native()
+        load_kernels()
         require(config.present, "memory.rows", config.rows, "1 or more for each order, to hash into")
         require(n_canonical >= 1, "n_canonical", n_canonical, "1 or more")
         self.n_canonical = n_canonical

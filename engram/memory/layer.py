@@ -53,7 +53,7 @@ class Engram(nn.Module):
             require(getattr(config, name) >= 1, f"memory.{name}", getattr(config, name), "1 or more to build a layer")
         self.config = config
         self.reader = READERS[config.kind](config, config.layers[0] if layer is None else layer, lookup)
-        self.table = MemoryTable(self.reader.n_rows, config.row_width)
+        self.table = MemoryTable(self.reader.n_rows, config.row_width, getattr(torch, config.table_dtype))
         self.table.weight.requires_grad_(config.kind != "frozen_random")
         M, D = config.branches, config.d_model
         self.project = nn.Linear(config.d_memory, (M + 1) * D, bias=config.bias)
@@ -139,4 +139,4 @@ class Engram(nn.Module):
 
     def _keys_and_value(self, rows_BTH: Tensor) -> Tensor:
         """M keys and the value of each token, `[B, T, (M + 1) D]`."""
-        return self.project(self.table(rows_BTH).flatten(-2))
+        return self.project(self.table.concatenated(rows_BTH, self.project.weight.dtype))

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.config import require
+from engram.kernels import gather_rows, load_kernels
 from engram.kernels.library import LIBRARY, define
 
 
@@ -25,19 +25,27 @@ class MemoryTable(nn.Module):
     Rows start as N(0, 0.02^2). The demonstration code has nn.Embedding's N(0, 1); rows that are never trained then add
     noise that hides what trained rows say, and small models learn markedly slower.
 
+    Rows are kept, read and trained in one type, `dtype`, whatever the type of the layers around. A gradient has the
+    type of its table: in bfloat16 each lookup's is rounded to the nearest, and those of one row are summed in float32.
+
     Under `torch.compile` the gradient is put into `weight.grad` by the backward pass itself, since compiled graphs
     can't carry sparse tensors: it is there for optimisers and clipping, but `torch.autograd.grad` and hooks don't see
     it.
+
+    Args:
+        n_rows, width: size of the table.
+        dtype: torch's default if None. `to`, `float` and their like change it, as that of any weight.
 
     Raises:
         ConfigError: `n_rows` or `width` below 1.
     """
 
-    def __init__(self, n_rows: int, width: int) -> None:
+    def __init__(self, n_rows: int, width: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        load_kernels()
         require(n_rows >= 1, "n_rows", n_rows, "1 or more")
         require(width >= 1, "width", width, "1 or more")
-        self.weight = nn.Parameter(torch.empty(n_rows, width))
+        self.weight = nn.Parameter(torch.empty(n_rows, width, dtype=dtype))
         self.reset_parameters()
         self._enter()
 
@@ -50,11 +58,20 @@ class MemoryTable(nn.Module):
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         if learns and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return _read_rows(self.weight, rows, self._anchor, self._number)
-        return F.embedding(rows, self.weight, sparse=True)
+        return _Read.apply(self.weight, rows) if learns else gather_rows(self.weight, rows)
+
+    def concatenated(self, rows_BTH: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of a token's heads side by side, `[B, T, H * width]`, for weights of type `dtype` to take.
+
+        They come in that type, or under autocast as they are.
+        """
+        values = self(rows_BTH).flatten(-2)
+        # Autocast makes of all types the one it computes in; a wider one in between would be written for nothing.
+        return values if torch.is_autocast_enabled(values.device.type) else values.to(dtype)
 
     def extra_repr(self) -> str:
         n_rows, width = self.weight.shape
-        return f"n_rows={n_rows}, width={width}"
+        return f"n_rows={n_rows}, width={width}, dtype={self.weight.dtype}"
 
     def _enter(self) -> None:
         """Get a number by which compiled backward passes find this table, and an anchor on its device."""
@@ -73,6 +90,26 @@ class MemoryTable(nn.Module):
         self._enter()  # a copy is another table
 
 
+class _Read(torch.autograd.Function):
+    """Rows of a table, with a row-sparse gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = weight.shape
+        return gather_rows(weight, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return _row_sparse(grad, rows, ctx.shape), None
+
+
+def _row_sparse(grad: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    values = grad.reshape(-1, grad.shape[-1])
+    return torch.sparse_coo_tensor(rows.reshape(1, -1), values, shape, check_invariants=False)
+
+
 _NUMBERS = itertools.count()
 _READINGS = itertools.count()
 _TABLES: weakref.WeakValueDictionary[int, MemoryTable] = weakref.WeakValueDictionary()
@@ -80,8 +117,7 @@ _TABLES: weakref.WeakValueDictionary[int, MemoryTable] = weakref.WeakValueDictio
 
 def _keep_row_gradient_now(grad: Tensor, rows: Tensor, number: int, call: int) -> Tensor:
     weight = _TABLES[number].weight
-    values = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
-    sparse = torch.sparse_coo_tensor(rows.reshape(1, -1), values, weight.shape, check_invariants=False)
+    sparse = _row_sparse(grad.to(weight.dtype), rows, weight.shape)
     weight.grad = sparse if weight.grad is None else weight.grad + sparse
     return grad.new_zeros(1, dtype=torch.float32)
 
@@ -93,7 +129,7 @@ _keep_row_gradient = define(
 )
 _read_rows = define(
     "read_rows(Tensor weight, Tensor rows, Tensor anchor, int number) -> Tensor",
-    lambda weight, rows, anchor, number: F.embedding(rows, weight),
+    lambda weight, rows, anchor, number: gather_rows(weight, rows),
     lambda weight, rows, anchor, number: weight.new_empty(*rows.shape, weight.shape[1]),
 )
 

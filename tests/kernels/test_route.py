@@ -32,7 +32,7 @@ def test_choice_weights_load_and_entropy_follow_the_equations(case: Any, N: int,
     )
     for name, ours, theirs in zip(routed._fields[2:], routed[2:], reference[2:], strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
-    for experts, weights in (routed[:2], reference[:2]):
+    for weights, experts in (routed[:2], reference[:2]):
         scores = scores_of(logits, case["sigmoid"])
         keys = scores + bias
         for n in range(N):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.kernels import combine_rows, load_native, row_adam_
+from engram.kernels import combine_rows, gather_rows, load_native, row_adam_
 from engram.kernels.rows import combine_rows_reference, round_at_random, row_adam_reference_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -85,3 +85,18 @@ def test_the_operators_keep_their_promises_to_the_compiler() -> None:
     moved = state(9, 4, torch.float32, False, True)
     arguments = (*moved, torch.tensor([0, 2]), torch.randn(2, 4), 7, 0.1, 0.9, 0.95, 1e-8, 0)
     torch.library.opcheck(torch.ops.engram.row_adam_.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.int8])
+@pytest.mark.parametrize("shape", [(0,), (7,), (2, 3, 5), (3000,)])
+def test_rows_are_gathered_in_any_type(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    load_native()
+    table, rows = (50 * torch.randn(40, 7)).to(dtype), torch.randint(0, 40, shape)
+    assert torch.equal(gather_rows(table, rows), table[rows])
+
+
+@pytest.mark.parametrize("row", [-1, 40])
+def test_a_row_beyond_the_table_is_refused(row: int) -> None:
+    load_native()
+    with pytest.raises(IndexError, match=f"row {row} of a table of 40 rows"):
+        gather_rows(torch.zeros(40, 3), torch.tensor([0, row]))

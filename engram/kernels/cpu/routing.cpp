@@ -135,7 +135,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route(const at::Tenso
   });
   const auto total = loads.total();
   std::copy(total.begin(), total.end(), load.mutable_data_ptr<int64_t>());
-  return {experts, weights, load, entropy};
+  return {weights, experts, load, entropy};
 }
 
 at::Tensor route_backward(const at::Tensor& grad_weights_, const at::Tensor& logits_, const at::Tensor& experts_,

@@ -4,10 +4,33 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sort.h>
 
+#include <cstring>
+
 namespace engram {
 namespace {
 
 constexpr int64_t kAhead = 12;  // rows to prefetch ahead: they lie far apart in memory
+
+at::Tensor gather_rows(const at::Tensor& table_, const at::Tensor& rows_) {
+  const auto table = table_.contiguous(), rows = rows_.contiguous();
+  const int64_t R = table.size(0), width = table.size(1) * table.element_size(), n = rows.numel();
+  auto shape = rows.sizes().vec();
+  shape.push_back(table.size(1));
+  auto values = at::empty(shape, table.options());
+  const char* from = static_cast<const char*>(table.const_data_ptr());
+  char* to = static_cast<char*>(values.mutable_data_ptr());
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i)
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < R, "row ", row[i], " of a table of ", R, " rows");
+  at::parallel_for(0, n, grain(table.size(1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kAhead < end)
+        for (int64_t at = 0; at < width; at += 64) __builtin_prefetch(from + row[i + kAhead] * width + at);
+      std::memcpy(to + i * width, from + row[i] * width, width);
+    }
+  });
+  return values;
+}
 
 // Row i of `sum` is the sum of the gradients numbered from[starts[i]] to before from[starts[i + 1]].
 template <typename T>
@@ -148,6 +171,7 @@ void row_adam(at::Tensor table, std::optional<at::Tensor> exp_avg, at::Tensor ex
 }  // namespace
 
 TORCH_LIBRARY_IMPL(engram, CPU, m) {
+  m.impl("gather_rows", gather_rows);
   m.impl("combine_rows", combine_rows);
   m.impl("row_adam_", row_adam);
 }

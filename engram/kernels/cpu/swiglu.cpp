@@ -7,13 +7,13 @@
 namespace engram {
 namespace {
 
-template <typename T> void forward(const T* in, const T* weight, int64_t P, int64_t F, T* out) {
+template <typename T> void forward(const T* in, const wide_t<T>* weight, int64_t P, int64_t F, T* out) {
   using W = wide_t<T>;
   at::parallel_for(0, P, grain(4 * F), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const T *gate = in + p * 2 * F, *up = gate + F;
       T* h = out + p * F;
-      const W w = widened(weight[p]);
+      const W w = weight[p];
 #pragma omp simd
       for (int64_t f = 0; f < F; ++f) {
         const W x = widened(gate[f]);
@@ -24,13 +24,13 @@ template <typename T> void forward(const T* in, const T* weight, int64_t P, int6
 }
 
 template <typename T>
-void backward(const T* grad, const T* in, const T* weight, int64_t P, int64_t F, T* out, T* out_weight) {
+void backward(const T* grad, const T* in, const wide_t<T>* weight, int64_t P, int64_t F, T* out, wide_t<T>* out_weight) {
   using W = wide_t<T>;
   at::parallel_for(0, P, grain(6 * F), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const T *gate = in + p * 2 * F, *up = gate + F, *g = grad + p * F;
       T *g_gate = out + p * 2 * F, *g_up = g_gate + F;
-      const W w = widened(weight[p]);
+      const W w = weight[p];
       W sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t f = 0; f < F; ++f) {
@@ -40,17 +40,21 @@ void backward(const T* grad, const T* in, const T* weight, int64_t P, int64_t F,
         g_up[f] = narrowed<T>(y * w * silu);
         sum += y * silu * u;
       }
-      out_weight[p] = narrowed<T>(sum);
+      out_weight[p] = sum;
     }
   });
 }
 
+at::Tensor widened_weights(const at::Tensor& weights, at::ScalarType narrow) {
+  return weights.to(narrow == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+}
+
 at::Tensor weighted_swiglu(const at::Tensor& gate_up_, const at::Tensor& weights_) {
-  const auto gate_up = gate_up_.contiguous(), weights = weights_.to(gate_up_.scalar_type()).contiguous();
+  const auto gate_up = gate_up_.contiguous(), weights = widened_weights(weights_, gate_up.scalar_type());
   const int64_t P = gate_up.size(0), F = gate_up.size(1) / 2;
   auto result = at::empty({P, F}, gate_up.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up.scalar_type(), "weighted_swiglu", [&] {
-    forward(gate_up.const_data_ptr<scalar_t>(), weights.const_data_ptr<scalar_t>(), P, F,
+    forward(gate_up.const_data_ptr<scalar_t>(), weights.const_data_ptr<wide_t<scalar_t>>(), P, F,
             result.mutable_data_ptr<scalar_t>());
   });
   return result;
@@ -59,12 +63,12 @@ at::Tensor weighted_swiglu(const at::Tensor& gate_up_, const at::Tensor& weights
 std::tuple<at::Tensor, at::Tensor> weighted_swiglu_backward(const at::Tensor& grad_, const at::Tensor& gate_up_,
                                                             const at::Tensor& weights_) {
   const auto grad = grad_.contiguous(), gate_up = gate_up_.contiguous();
-  const auto weights = weights_.to(gate_up_.scalar_type()).contiguous();
+  const auto weights = widened_weights(weights_, gate_up.scalar_type());
   const int64_t P = gate_up.size(0), F = gate_up.size(1) / 2;
   auto grad_gate_up = at::empty_like(gate_up), grad_weights = at::empty_like(weights);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up.scalar_type(), "weighted_swiglu_backward", [&] {
-    backward(grad.const_data_ptr<scalar_t>(), gate_up.const_data_ptr<scalar_t>(), weights.const_data_ptr<scalar_t>(), P,
-             F, grad_gate_up.mutable_data_ptr<scalar_t>(), grad_weights.mutable_data_ptr<scalar_t>());
+    backward(grad.const_data_ptr<scalar_t>(), gate_up.const_data_ptr<scalar_t>(), weights.const_data_ptr<wide_t<scalar_t>>(), P,
+             F, grad_gate_up.mutable_data_ptr<scalar_t>(), grad_weights.mutable_data_ptr<wide_t<scalar_t>>());
   });
   return {grad_gate_up, grad_weights.to(weights_.scalar_type())};
 }

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from engram.backbone import EngramLM
-from engram.config import require, require_one_of
+from engram.config import SecondMoment, require, require_one_of
+from engram.tensors import widen
 from engram.training.optim.muon import BatchedMuon
 from engram.training.optim.roles import Roles
 from engram.training.optim.row_adam import RowAdam, coalesced
@@ -32,6 +33,10 @@ class OptimConfig:
     so both matrix optimisers read it alike, but Muon stands two to three times more of it. `weight_decay` goes to
     matrices and embeddings alone. `clip` bounds the global gradient norm (0: no bound). `table_schedule` None: the
     tables follow `schedule`.
+
+    Tables are most of a model that has them, and so is their optimiser's state. `table_beta1` 0 keeps no first moments
+    of them (None: `beta1`, as for the rest), `table_second_moment` row one number for each row in the place of one for
+    each element; what each is worth: `benchmarks/table_optimizers.py`.
     """
 
     lr: float = 3e-3
@@ -41,17 +46,22 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     table_lr_factor: float = 5.0
+    table_beta1: float | None = None
+    table_second_moment: SecondMoment = "element"
     clip: float = 1.0
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     table_schedule: ScheduleConfig | None = None
 
     def __post_init__(self) -> None:
         require_one_of("optim.matrix_optimizer", self.matrix_optimizer, MatrixOptimizer)
+        require_one_of("optim.table_second_moment", self.table_second_moment, SecondMoment)
         require(self.lr > 0, "optim.lr", self.lr, "above 0")
         for name in ("weight_decay", "table_lr_factor", "clip"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "0 to below 1")
+        own = self.table_beta1
+        require(own is None or 0 <= own < 1, "optim.table_beta1", own, "0 to below 1, or none for beta1")
         require(self.eps > 0, "optim.eps", self.eps, "above 0")
 
 
@@ -77,7 +87,8 @@ def build_optimizer(model: EngramLM, config: OptimConfig) -> Together:
             optimizers.append(BatchedMuon([_group("experts", roles.stacks)], lr, decay))
     if roles.tables:
         tables = [_group("tables", roles.tables, schedule="table_schedule")]
-        optimizers.append(RowAdam(tables, lr=config.lr * config.table_lr_factor, betas=betas, eps=config.eps))
+        lr, beta1 = config.lr * config.table_lr_factor, config.beta1 if config.table_beta1 is None else config.table_beta1
+        optimizers.append(RowAdam(tables, lr, (beta1, config.beta2), config.eps, config.table_second_moment))
     return Together(optimizers)
 
 
@@ -91,13 +102,16 @@ def clip_gradients(model: nn.Module, bound: float) -> Tensor:
 
     Row-sparse gradients are coalesced, counted by the rows they hold, and stay sparse.
     """
-    gradients = []
+    dense, rows = [], []
     for p in model.parameters():
         if p.grad is not None:
             if p.grad.is_sparse:
                 p.grad = coalesced(p.grad)
-            gradients.append(p.grad.values() if p.grad.is_sparse else p.grad)
-    norm = torch.nn.utils.get_total_norm(gradients)
+                rows.append(p.grad.values())
+            else:
+                dense.append(p.grad)
+    norm = torch.nn.utils.get_total_norm([*dense, *map(widen, rows)])
     if bound:
-        torch._foreach_mul_(gradients, (bound / (norm + 1e-6)).clamp(max=1.0))
+        for gradients in filter(None, (dense, rows)):  # apart, as tables may be of another type
+            torch._foreach_mul_(gradients, (bound / (norm + 1e-6)).clamp(max=1.0))
     return norm

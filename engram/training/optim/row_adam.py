@@ -7,15 +7,13 @@ systems (arXiv:1906.00091, section 3) and of the nanochat speed runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engram.config import require, require_one_of
-from engram.kernels import combine_rows, load_native, row_adam_
-
-SecondMoment = Literal["element", "row"]
+from engram.config import SecondMoment, require, require_one_of
+from engram.kernels import combine_rows, load_kernels, row_adam_
 
 
 def coalesced(grad: Tensor) -> Tensor:
@@ -61,7 +59,7 @@ class RowAdam(torch.optim.Optimizer):
         require(all(0 <= b < 1 for b in betas), "betas", betas, "two numbers from 0 to below 1")
         require(eps > 0, "eps", eps, "above 0")
         require_one_of("second_moment", second_moment, SecondMoment)
-        load_native()
+        load_kernels()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "second_moment": second_moment, "seed": seed})
 
     @torch.no_grad()

@@ -1,0 +1,49 @@
+"""The Triton kernels: what `torch.ops.engram.*` runs on a CUDA device.
+
+Each file stands beside a reference in engram/kernels. Triton is imported by `register` and not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram.kernels.library import LIBRARY
+
+
+@functools.cache
+def register() -> bool:
+    """Put the kernels under the CUDA key; False, and nothing done, without Triton. Only the first call does it."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from engram.kernels.triton import fusion, gather, hashing, rows, swiglu  # noqa: F401 -- gather defines an operator
+
+    kernels: dict[str, Callable[..., Any]] = {
+        "hash_ngrams": hashing.hash_ngrams_triton,
+        "hash_gather": hashing.hash_gather_triton,
+        "fuse_memory": fusion.fuse_memory_triton,
+        "fuse_memory_backward": fusion.fuse_memory_backward_triton,
+        "combine_rows": rows.combine_rows_triton,
+        "row_adam_": rows.row_adam_triton_,
+        "weighted_swiglu": swiglu.weighted_swiglu_triton,
+        "weighted_swiglu_backward": swiglu.weighted_swiglu_backward_triton,
+    }
+    for name, kernel in kernels.items():
+        LIBRARY.impl(name, _on_its_device(kernel), "CUDA")
+    return True
+
+
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device(first.device):
+            return kernel(first, *rest)
+
+    return run

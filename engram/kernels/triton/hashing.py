@@ -1,0 +1,124 @@
+"""`hash_ngrams` for CUDA, and `hash_gather`, which reads the rows it finds in the same pass, in Triton.
+
+References: engram/kernels/hashing.py and gather.py. For a token, hash_gather moves its id, H row numbers of 8 bytes,
+and H rows of W numbers, read (in sectors of 32 bytes, wherever they lie) and written: all that must move.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engram.kernels.triton.launch import ceil_div, dense
+
+
+@triton.jit(do_not_specialize=["N", "T", "past", "pad_id", "eos_id"])
+def _hash_kernel(
+    ids, documents, moduli, offsets, multipliers, orders, table, rows, gathered, N, T, past, pad_id, eos_id,
+    H: tl.constexpr, HEADS: tl.constexpr, REACH: tl.constexpr, W: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows of a block of tokens and, given a table, what they hold."""
+    n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    h = tl.arange(0, COLUMNS)
+    valid, h_in = n < N, h < H
+    t = n % T + past
+    now = n // T * (past + T) + t
+    order = tl.load(orders + h // HEADS, mask=h_in, other=0)
+    same = valid
+    mix = tl.zeros([TOKENS], tl.int64)
+    at_order = tl.zeros([TOKENS, COLUMNS], tl.int64)
+    for back in tl.static_range(REACH):
+        same = same & (t >= back)
+        there = tl.load(ids + now - back, mask=same, other=0)
+        if back > 0:
+            if documents is not None:
+                document = tl.load(documents + now, mask=valid, other=0)
+                same = same & (tl.load(documents + now - back, mask=same, other=0) == document)
+            same = same & ((there != eos_id) | (eos_id < 0))
+        mix = mix ^ (tl.where(same, there, pad_id) * tl.load(multipliers + back))
+        at_order = tl.where((order == back + 1)[None, :], mix[:, None], at_order)
+    modulus = tl.load(moduli + h, mask=h_in, other=1)
+    row = at_order % modulus[None, :] + tl.load(offsets + h, mask=h_in, other=0)[None, :]
+    cell = n[:, None] * H + h[None, :]
+    both = valid[:, None] & h_in[None, :]
+    tl.store(rows + cell, row, mask=both)
+    if table is not None:
+        for w0 in tl.static_range(0, W, WIDTH):
+            w = w0 + tl.arange(0, WIDTH)
+            mask = both[:, :, None] & (w < W)[None, None, :]
+            held = tl.load(table + row[:, :, None] * W + w[None, None, :], mask=mask, other=0.0)
+            tl.store(gathered + cell[:, :, None] * W + w[None, None, :], held, mask=mask)
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """A few integers on the device, copied there once."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def _hash(
+    ids: Tensor,
+    documents: Tensor | None,
+    moduli: Tensor,
+    offsets: Tensor,
+    multipliers: list[int],
+    orders: list[int],
+    past: int,
+    pad_id: int,
+    eos_id: int,
+    table: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    (B, S), H = ids.shape, len(moduli)
+    T = S - past
+    W = 0 if table is None else table.shape[1]
+    rows = ids.new_empty(B, T, H)
+    gathered = ids.new_empty(0) if table is None else table.new_empty(B, T, H, W)
+    if not rows.numel():
+        return rows, gathered
+    columns = triton.next_power_of_2(H)
+    width = min(triton.next_power_of_2(max(W, 1)), 128)
+    tokens = max(2048 // (columns * width), 1) if W else max(256 // columns, 1)
+    _hash_kernel[(ceil_div(B * T, tokens),)](
+        ids.contiguous(), dense(documents), moduli.contiguous(), offsets.contiguous(),
+        _constants(tuple(multipliers), ids.device), _constants(tuple(orders), ids.device), dense(table), rows, gathered,
+        B * T, T, past, pad_id, eos_id,
+        H=H, HEADS=H // len(orders), REACH=max(orders), W=W, TOKENS=tokens, COLUMNS=columns, WIDTH=width, num_warps=4,
+    )  # fmt: skip
+    return rows, gathered
+
+
+def hash_ngrams_triton(
+    ids: Tensor,
+    documents: Tensor | None,
+    moduli: Tensor,
+    offsets: Tensor,
+    multipliers: list[int],
+    orders: list[int],
+    past: int,
+    pad_id: int,
+    eos_id: int,
+) -> Tensor:
+    """As `hash_ngrams_reference`."""
+    return _hash(ids, documents, moduli, offsets, multipliers, orders, past, pad_id, eos_id, None)[0]
+
+
+def hash_gather_triton(
+    ids: Tensor,
+    documents: Tensor | None,
+    moduli: Tensor,
+    offsets: Tensor,
+    multipliers: list[int],
+    orders: list[int],
+    past: int,
+    pad_id: int,
+    eos_id: int,
+    table: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `hash_gather_reference`."""
+    return _hash(ids, documents, moduli, offsets, multipliers, orders, past, pad_id, eos_id, table)

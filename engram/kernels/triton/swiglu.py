@@ -1,0 +1,85 @@
+"""`weighted_swiglu` and its backward for CUDA, in Triton (reference: engram/kernels/swiglu.py).
+
+For a row of F results: forward moves 3 F numbers, backward 5 F (gate, up and the gradient in, two gradients out), and
+one weight or its gradient: all that must move.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engram.kernels.swiglu import weighted_swiglu_backward_reference, weighted_swiglu_reference
+from engram.kernels.triton.launch import ceil_div, sigmoid
+
+_BLOCK = 2048
+
+
+@triton.jit(do_not_specialize=["P"])
+def _forward_kernel(gate_up, weights, out, P, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    f = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    mask = (p < P)[:, None] & (f < F)[None, :]
+    at = p[:, None] * (2 * F) + f[None, :]
+    gate = tl.load(gate_up + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + F, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weights + p, mask=p < P, other=0.0).to(tl.float32)[:, None]
+    silu = gate * sigmoid(gate)
+    tl.store(out + p[:, None] * F + f[None, :], (silu * up * weight).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _backward_kernel(
+    grad, gate_up, weights, grad_gate_up, grad_weights, P, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    weight = tl.load(weights + p, mask=p < P, other=0.0).to(tl.float32)[:, None]
+    by_weight = tl.zeros([ROWS, WIDTH], tl.float32)
+    for f0 in range(0, F, WIDTH):
+        f = f0 + tl.arange(0, WIDTH)
+        mask = (p < P)[:, None] & (f < F)[None, :]
+        at = p[:, None] * (2 * F) + f[None, :]
+        gate = tl.load(gate_up + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + at + F, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + p[:, None] * F + f[None, :], mask=mask, other=0.0).to(tl.float32)
+        part = sigmoid(gate)
+        silu = gate * part
+        by_weight += g * silu * up
+        grad_gate = g * weight * up * part * (1.0 + gate * (1.0 - part))
+        tl.store(grad_gate_up + at, grad_gate.to(grad_gate_up.dtype.element_ty), mask=mask)
+        tl.store(grad_gate_up + at + F, (g * weight * silu).to(grad_gate_up.dtype.element_ty), mask=mask)
+    tl.store(grad_weights + p, tl.sum(by_weight, 1).to(grad_weights.dtype.element_ty), mask=p < P)
+
+
+def weighted_swiglu_triton(gate_up: Tensor, weights: Tensor) -> Tensor:
+    """As `weighted_swiglu_reference`; float64 goes there."""
+    if gate_up.dtype == torch.float64:
+        return weighted_swiglu_reference(gate_up, weights)
+    P, F = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(P, F)
+    if out.numel():
+        width = min(triton.next_power_of_2(F), 256)
+        rows = _BLOCK // width
+        _forward_kernel[(ceil_div(P, rows), ceil_div(F, width))](
+            gate_up.contiguous(), weights.contiguous(), out, P, F=F, ROWS=rows, WIDTH=width, num_warps=8
+        )
+    return out
+
+
+def weighted_swiglu_backward_triton(grad: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """As `weighted_swiglu_backward_reference`; float64 goes there."""
+    if gate_up.dtype == torch.float64:
+        return weighted_swiglu_backward_reference(grad, gate_up, weights)
+    P, F = gate_up.shape[0], gate_up.shape[1] // 2
+    gate_up, weights = gate_up.contiguous(), weights.contiguous()
+    grad_gate_up, grad_weights = torch.empty_like(gate_up), torch.empty_like(weights)
+    if P:
+        width = max(min(triton.next_power_of_2(F), 256), 1)
+        rows = max(_BLOCK // width // 2, 1)
+        _backward_kernel[(ceil_div(P, rows),)](
+            grad.contiguous(), gate_up, weights, grad_gate_up, grad_weights, P, F=F, ROWS=rows, WIDTH=width, num_warps=4
+        )
+    return grad_gate_up, grad_weights

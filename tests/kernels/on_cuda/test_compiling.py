@@ -1,0 +1,115 @@
+"""Every kernel compiles for an H100, as it is launched: what the interpreter accepts, Triton's compiler may not.
+
+No device is needed: a launch is caught and its kernel compiled down to machine code, but not run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from engram.kernels.triton import fusion, hashing, register, rows, swiglu  # noqa: E402
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def type_of(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return TYPES[x.dtype]
+    return "fp32" if isinstance(x, float) else "i32" if -(2**31) <= x < 2**31 else "i64"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What has been compiled, instead of launched, since the test began."""
+    kernels: list[Any] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in self.arg_names}
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        fixed = {p.name for p in self.params if p.is_constexpr} | {name for name, x in given.items() if x is None}
+        signature = {n: "constexpr" if n in fixed else type_of(given[n]) for n in self.arg_names}
+        places = {name: (i,) for i, name in enumerate(self.arg_names)}
+        aligned = {places[n]: [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*"}
+        source = ASTSource(self, signature, {places[n]: given[n] for n in fixed}, aligned)
+        kernels.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    return kernels
+
+
+@pytest.mark.parametrize(
+    ("M", "D", "taps", "packed", "past", "hidden", "kv"),
+    [
+        (4, 2560, 4, True, 0, torch.bfloat16, torch.bfloat16),
+        (3, 300, 3, True, 9, torch.float32, torch.bfloat16),
+        (1, 24, 0, False, 0, torch.float32, torch.float32),
+    ],
+)
+def test_fusion(
+    M: int, D: int, taps: int, packed: bool, past: int, hidden: torch.dtype, kv: torch.dtype, compiled: list[Any]
+) -> None:
+    B, T = 2, 5
+    inputs: list[Any] = [
+        torch.randn(B, T, M, D, dtype=hidden),
+        torch.randn(B, T, (M + 1) * D, dtype=kv),
+        torch.ones(M, D),
+        torch.ones(M, D),
+        torch.ones(M, D) if taps else None,
+        torch.randn(taps, M, D) if taps else None,
+        torch.zeros(B, past + T, dtype=torch.int64) if packed else None,
+        torch.randn(B, past, D, dtype=kv) if past else None,
+        torch.rand(B, past, M) if past else None,
+    ]
+    settings = (1e-5, True, 3, True)
+    out, alpha, stats = fusion.fuse_memory_triton(*inputs, *settings)
+    fusion.fuse_memory_backward_triton(out, alpha, *inputs, alpha, stats, *settings)
+    assert len(compiled) == (6 if taps else 4)
+    assert all(kernel.asm["cubin"] for kernel in compiled)
+
+
+def test_hashing(compiled: list[Any]) -> None:
+    ids, moduli, offsets = torch.zeros(2, 9, dtype=torch.int64), torch.arange(1, 17), torch.arange(16)
+    arguments = (moduli, offsets, [3, 2**40 + 1, 5], [2, 3], 1, 2)
+    hashing.hash_ngrams_triton(ids, None, *arguments, -1)
+    hashing.hash_gather_triton(ids, ids, *arguments, 3, torch.randn(40, 80).bfloat16())
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows(dtype: torch.dtype, compiled: list[Any]) -> None:
+    grads = torch.randn(300, 80).to(dtype)
+    rows.combine_rows_triton(torch.zeros(300, dtype=torch.int64), grads)
+    assert len(compiled) == 3
+    table, numbers = torch.randn(9, 80).to(dtype), torch.arange(9)
+    last_step = torch.zeros(9, dtype=torch.int32)
+    for first, second in ((torch.zeros(9, 80), torch.zeros(9, 80)), (None, torch.zeros(9))):
+        options = (1, 0.1, 0.9 if first is not None else 0.0, 0.95, 1e-8, 3)
+        rows.row_adam_triton_(table, first, second, last_step, numbers, grads[:9], *options)
+    assert len(compiled) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu(dtype: torch.dtype, compiled: list[Any]) -> None:
+    x, weights = torch.randn(5, 96).to(dtype), torch.rand(5)
+    swiglu.weighted_swiglu_backward_triton(swiglu.weighted_swiglu_triton(x, weights), x, weights)
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("name", ["hash_ngrams", "hash_gather", "fuse_memory", "row_adam_", "weighted_swiglu_backward"])
+def test_operators_have_a_kernel_for_cuda(name: str) -> None:
+    assert register()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"engram::{name}", "CUDA")

@@ -1,0 +1,122 @@
+"""`fuse_memory` and its backward in Triton against their references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engram.kernels.fusion import fuse_memory_backward_reference, fuse_memory_reference
+from engram.kernels.triton.fusion import fuse_memory_backward_triton, fuse_memory_triton
+
+SHAPE = {"B": 2, "T": 20, "M": 2, "D": 24, "taps": 4, "dilation": 3, "past": 0}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "documents and padding": {"packed": True},
+    "residual": {"packed": True, "residual": True},
+    "no convolution": {"taps": 0, "packed": True, "residual": True},
+    "no convolution, several blocks": {"taps": 0, "D": 300, "M": 3, "T": 5},
+    "no squashing": {"squash": False, "taps": 3, "dilation": 2},
+    "one token": {"T": 1, "M": 4},
+    "one token and a past": {"T": 1, "M": 4, "past": 9, "packed": True},
+    "a long past": {"T": 7, "M": 1, "past": 12, "taps": 3, "dilation": 2, "packed": True},
+    "a short past": {"T": 12, "M": 3, "D": 19, "past": 5},
+    "one number": {"B": 1, "T": 1, "M": 1, "D": 1},
+    "one tap": {"taps": 1, "packed": True},
+    "many taps": {"taps": 7, "dilation": 1, "packed": True},
+    "several blocks": {"M": 3, "D": 300, "T": 5, "packed": True, "residual": True},
+    "several runs": {"T": 25, "M": 3, "D": 130, "packed": True},
+}
+TYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+
+
+def inputs(
+    device: torch.device,
+    B: int,
+    T: int,
+    M: int,
+    D: int,
+    taps: int,
+    dilation: int,
+    past: int,
+    packed: bool = False,
+    squash: bool = True,
+    residual: bool = False,
+    hidden: torch.dtype = torch.float32,
+    kv: torch.dtype = torch.float32,
+) -> list[Any]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape)
+
+    documents = None
+    if packed:
+        documents = (torch.rand(B, past + T) < 0.2).long().cumsum(1)
+        documents[torch.rand(B, past + T) < 0.15] = -1
+    tensors = [
+        normal(B, T, M, D).to(hidden),
+        normal(B, T, (M + 1) * D).to(kv),
+        1 + 0.3 * normal(M, D),
+        1 + 0.3 * normal(M, D),
+        1 + 0.3 * normal(M, D) if taps else None,
+        normal(taps, M, D) if taps else None,
+        documents,
+        normal(B, past, D).to(kv) if past else None,
+        torch.rand(B, past, M) if past else None,
+    ]
+    return [*(None if x is None else x.to(device) for x in tensors), 1e-5, squash, dilation, residual]
+
+
+def close(ours: Tensor, theirs: Tensor, narrow: bool) -> None:
+    """Within rounding, of each number and of the largest."""
+    assert ours.dtype == theirs.dtype
+    scale = theirs.abs().max().float().clamp_min(1e-3) if theirs.numel() else 1
+    tolerance = {"rtol": 2**-7, "atol": 2**-7} if narrow else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(ours.float() / scale, theirs.float() / scale, **tolerance)
+
+
+def check(arguments: list[Any], through_gates: bool, narrow: bool) -> None:
+    out, alpha, stats = fuse_memory_reference(*arguments)
+    for ours, theirs in zip(fuse_memory_triton(*arguments), (out, alpha, stats), strict=True):
+        close(ours, theirs, narrow)
+    grad_alpha = torch.randn_like(alpha) if through_gates else None
+    backward = [torch.randn_like(out), grad_alpha, *arguments[:9], alpha, stats, *arguments[9:]]
+    grads = zip(fuse_memory_backward_triton(*backward), fuse_memory_backward_reference(*backward), strict=True)
+    for ours, theirs in grads:
+        close(ours, theirs, narrow)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("through_gates", [False, True])
+def test_kernels_follow_their_references(case: str, through_gates: bool, device: torch.device) -> None:
+    check(inputs(device, **SHAPE | CASES[case]), through_gates, narrow=False)
+
+
+@pytest.mark.parametrize(("hidden", "kv"), TYPES)
+@pytest.mark.parametrize("M", [1, 3, 4])
+def test_all_pairs_of_types(hidden: torch.dtype, kv: torch.dtype, M: int, device: torch.device) -> None:
+    arguments = inputs(device, **SHAPE | {"M": M, "packed": True, "past": 2}, hidden=hidden, kv=kv)
+    check(arguments, True, narrow=torch.bfloat16 in (hidden, kv))
+
+
+def test_float64_is_computed_in_float64(device: torch.device) -> None:
+    arguments = [x.double() if isinstance(x, Tensor) else x for x in inputs(device, **SHAPE)]
+    ours, theirs = fuse_memory_triton(*arguments), fuse_memory_reference(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+def test_no_tokens_have_no_gradients(device: torch.device) -> None:
+    arguments = inputs(device, **SHAPE | {"T": 0})
+    out, alpha, stats = fuse_memory_triton(*arguments)
+    grads = fuse_memory_backward_triton(out, None, *arguments[:9], alpha, stats, *arguments[9:])
+    assert out.shape == (2, 0, 2, 24)
+    assert all(grad.abs().sum() == 0 for grad in grads[2:])
+
+
+def test_the_same_inputs_give_the_same_bits(device: torch.device) -> None:
+    arguments = inputs(device, **SHAPE | {"packed": True})
+    out, alpha, stats = fuse_memory_triton(*arguments)
+    backward = [torch.randn_like(out), None, *arguments[:9], alpha, stats, *arguments[9:]]
+    again = zip(fuse_memory_backward_triton(*backward), fuse_memory_backward_triton(*backward), strict=True)
+    assert all(torch.equal(x, y) for x, y in again)
