@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PLAN ?= configs/sweeps/default.yaml
 
-.PHONY: setup test check pytest sweep report clean
+.PHONY: setup test check pytest sweep report bench clean
 
 setup: .venv/.installed
 
@@ -31,5 +31,11 @@ sweep: setup
 	HF_HUB_OFFLINE=1 $(BIN)/engram sweep run $(PLAN)
 	HF_HUB_OFFLINE=1 $(BIN)/engram sweep report $(PLAN)
 
+# Every comparison under benchmarks/, one after the other; each also runs alone. Results go to benchmarks/results/.
+bench: setup
+	set -e; for benchmark in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do \
+	  HF_HUB_OFFLINE=1 $(BIN)/python $$benchmark; \
+	done
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

@@ -11,9 +11,10 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from harness import store
+
 from engram.sweep.launch import LocalExecutor, read_result, run_sweep
 from engram.sweep.plan import SweepPlan
-from engram.training.atomic import write_json
 from engram.training.optim import MatrixOptimizer, OptimConfig
 from engram.training.prepare import DataConfig
 
@@ -24,7 +25,6 @@ DATA = DataConfig(
     vocab_size=2048, seq_len=256, batch_size=16, max_bytes=30_000_000, max_val_bytes=3_000_000, val_tokens=250_000
 )
 TOKENS_TO_TIME = 300_000
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,7 @@ def main() -> None:
                 f"{name:<10}{lr:>8g}{same[0].tokens:>12,}{speed:>10,.0f}"
                 f"{' '.join(f'{loss:.4f}' for loss in losses):>18}{statistics.mean(losses):>9.4f}"
             )
-    path = RESULTS / "matrix_optimizers.json"
-    write_json(path, [asdict(run) for run in runs])
-    print(path)
+    store("matrix_optimizers", [asdict(run) for run in runs])
 
 
 if __name__ == "__main__":

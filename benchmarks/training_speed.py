@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
+
+from harness import store
 
 from engram.sweep.launch import LocalExecutor, read_result, run_sweep
 from engram.sweep.plan import SweepPlan
-from engram.training.atomic import write_json
 from engram.training.prepare import DataConfig
 
 MODELS = {"nano": 128, "tiny": 256}  # and the windows their runs use; batches hold 4096 tokens
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,7 @@ def main() -> None:
     print(f"\n{'model':<8}{'rho':>6}{'workers':>9}{'tokens/s each':>15}{'together':>10}")
     for s in speeds:
         print(f"{s.model:<8}{s.rho:>6.1f}{s.workers:>9}{s.tokens_per_s:>15,.0f}{s.total_tokens_per_s:>10,.0f}")
-    path = RESULTS / "training_speed.json"
-    write_json(path, [asdict(s) for s in speeds])
-    print(path)
+    store("training_speed", [asdict(s) for s in speeds])
 
 
 if __name__ == "__main__":

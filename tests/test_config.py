@@ -33,11 +33,12 @@ def settings(**changes: Any) -> dict[str, Any]:
     layers=st.sets(st.integers(0, 2), min_size=1),
     branches=st.integers(1, 4),
     rows=st.integers(0, 10**9),
+    table_dtype=st.sampled_from(["float32", "bfloat16"]),
 )
 def test_plain_data_and_yaml_round_trips_keep_every_setting(
-    attention: dict[str, Any], layers: set[int], branches: int, rows: int
+    attention: dict[str, Any], layers: set[int], branches: int, rows: int, table_dtype: str
 ) -> None:
-    memory = {"layers": sorted(layers), "rows": [rows, rows]}
+    memory = {"layers": sorted(layers), "rows": [rows, rows], "table_dtype": table_dtype}
     config = ModelConfig.from_dict(settings(attention=attention, branches=branches, memory=memory))
     assert ModelConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
@@ -79,6 +80,7 @@ def test_rows_of_zero_mean_no_memory() -> None:
         ({"memory": {"rows": [5]}}, ["memory.rows", "(5,)", "(2, 3)"]),
         ({"memory": {"rows": [5, 0]}}, ["memory.rows", "(5, 0)"]),
         ({"memory": {"pad_id": 64}}, ["memory.pad_id", "64"]),
+        ({"memory": {"table_dtype": "float16"}}, ["memory.table_dtype", "float16", "float32, bfloat16"]),
         ({"memory": {"kind": "cache"}}, ["memory.kind", "cache", "over_encoding"]),
         ({"memory": {"kind": "additive_bigram", "orders": [2], "rows": [5], "row_width": 7}}, ["row_width", "7", "32"]),
         ({"memory": {"d_model": 16}}, ["memory.d_model", "16", "32"]),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engram.kernels import cross_entropy_
+from engram.kernels.library import LIBRARY, define
 from engram.tensors import widen
 
 _CHUNK_LOGITS_CPU = 2**20  # 4 MiB of float32
@@ -19,34 +20,57 @@ _CHUNK_LOGITS = 2**26  # 256 MiB: a GPU wants few and large products
 _MIN_ROWS = 128
 
 
-class _MeanCrossEntropy(torch.autograd.Function):
-    """hidden `[N, D]`, head `[V, D]`, targets `[N]` -> mean loss; saves the two gradients and no logits."""
+def _mean_cross_entropy(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss of hidden states `[N, D]`, head `[V, D]` and targets `[N]`; gradients of the sum of losses."""
+    h, w = hidden_ND.to(dtype), head_VD.to(dtype)
+    N, V = len(h), len(w)
+    rows = min(N, _chunk_rows(w))
+    # Every chunk is computed in this buffer: fresh ones would cost more than what is computed in them.
+    buffer = h.new_empty(rows, V)
+    grad_h = h.new_empty(h.shape)
+    grad_w = torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+    total = grad_w.new_zeros(())
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        logits = torch.mm(h[part], w.T, out=buffer[: len(targets_N[part])])
+        total += cross_entropy_(logits, targets_N[part]).sum()  # the logits are their gradient now
+        torch.mm(logits, w, out=grad_h[part])
+        grad_w += logits.T @ h[part]
+    return total / N, grad_h, grad_w
 
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, dtype: torch.dtype) -> Tensor:
-        h, w = hidden_ND.to(dtype), head_VD.to(dtype)
-        N, V = len(h), len(w)
-        rows = min(N, _chunk_rows(w))
-        # Every chunk is computed in this buffer: fresh ones would cost more than what is computed in them.
-        buffer = h.new_empty(rows, V)
-        grad_h = torch.empty_like(h)
-        grad_w = torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
-        total = grad_w.new_zeros(())
-        for start in range(0, N, rows):
-            part = slice(start, start + rows)
-            logits = torch.mm(h[part], w.T, out=buffer[: len(targets_N[part])])
-            total += cross_entropy_(logits, targets_N[part]).sum()  # the logits are their gradient now
-            torch.mm(logits, w, out=grad_h[part])
-            grad_w += logits.T @ h[part]
-        ctx.save_for_backward(grad_h, grad_w)
-        ctx.types = hidden_ND.dtype, head_VD.dtype
-        return total / N
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_h, grad_w = ctx.saved_tensors
-        scale = grad / len(grad_h)
-        return (grad_h * scale).to(ctx.types[0]), (grad_w * scale).to(ctx.types[1]), None, None
+def _fake(hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape, dtype=dtype),
+        head.new_empty(head.shape, dtype=wide),
+    )
+
+
+_op = define(
+    "mean_cross_entropy(Tensor hidden, Tensor head, Tensor targets, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    _mean_cross_entropy,
+    _fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, grad_h, grad_w = output
+    ctx.mark_non_differentiable(grad_h, grad_w)
+    ctx.save_for_backward(grad_h, grad_w)
+    ctx.types = inputs[0].dtype, inputs[1].dtype
+
+
+def _backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    grad_h, grad_w = ctx.saved_tensors
+    scale = grad / grad_h.shape[0]  # len would fix the number in a compiled graph
+    return (grad_h * scale).to(ctx.types[0]), (grad_w * scale).to(ctx.types[1]), None, None
+
+
+torch.library.register_autograd("engram::mean_cross_entropy", _backward, setup_context=_setup, lib=LIBRARY)
 
 
 def mean_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
@@ -54,7 +78,7 @@ def mean_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
 
     Products are in the autocast type if autocast is on; the softmax is in float32 (float64 for float64 inputs).
     """
-    return _MeanCrossEntropy.apply(hidden.flatten(0, -2), head_weight, targets.flatten(), _product_type(hidden))
+    return _op(hidden.flatten(0, -2), head_weight, targets.flatten(), _product_type(hidden))[0]
 
 
 @torch.no_grad()

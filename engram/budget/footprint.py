@@ -47,10 +47,13 @@ def training_memory(
         table_first_moment: whether tables have first moments (not with `table_beta1` 0).
         table_second_moment: one for each `element` of a table, or for each `row`.
 
-    Tables are taken to have `RowAdam`: 4 bytes for a moment, whatever the tables' type, and for each row's step number.
-    Rows and their gradients have the bytes of `table_dtype`; the gradient holds a row and its 8-byte index for each
-    token and head, before tokens with the same row are merged. Frozen tables have neither gradient nor state.
-    Activations are not counted. Raises `ConfigError` for numbers below 0 and for another second moment.
+    Tables and their gradients have the bytes of `table_dtype`. Their optimiser is taken to be `RowAdam`, whose moments
+    are float32 whatever the table's type, with a 4-byte step number for each row. The gradient holds a row and its
+    8-byte index for each token and head, before tokens with the same row are merged. Frozen tables have neither
+    gradient nor state. Activations are not counted.
+
+    Raises:
+        ConfigError: numbers below 0, or another second moment.
     """
     require_one_of("table_second_moment", table_second_moment, SecondMoment)
     for name, value in (("tokens", tokens), ("value_bytes", value_bytes), ("moments", moments)):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engram.kernels import weighted_swiglu
+from engram.kernels import lay_out_rows, swiglu
 
 
 class Layout(NamedTuple):
@@ -37,20 +37,9 @@ class Layout(NamedTuple):
 
 def lay_out(experts_NK: Tensor, load_E: Tensor, multiple: int) -> Layout:
     """The layout of the copies of tokens, given their experts `[N, K]` and how many each expert has."""
-    (N, K), E = experts_NK.shape, len(load_E)
-    expert_of_copy = experts_NK.flatten()
-    copies = expert_of_copy.argsort(stable=True)
-    padded_E = (load_E + multiple - 1) // multiple * multiple
-    ends_E = padded_E.cumsum(0)
-    padding_before_E = (ends_E - padded_E) - (load_E.cumsum(0) - load_E)
-    rows = torch.arange(N * K, device=copies.device) + padding_before_E[expert_of_copy[copies]]
-    if copies.device.type == "cpu" and not torch.compiler.is_compiling():
-        P = int(ends_E[-1])
-    else:  # room for the worst case, so that no shape depends on data and the device is not waited for
-        P = (N * K + E * (multiple - 1)) // multiple * multiple
-    place = torch.empty_like(copies).scatter(0, copies, rows)
-    copy_P = torch.full((P,), N * K, device=copies.device).scatter(0, rows, copies)
-    return Layout(place.view(N, K), copy_P, ends_E, multiple)
+    # Elsewhere than on the CPU room for the worst case, so that the host need not wait to know how much.
+    worst = experts_NK.device.type != "cpu" or torch.compiler.is_compiling()
+    return Layout(*lay_out_rows(experts_NK, load_E, multiple, worst), multiple)
 
 
 class _Spread(torch.autograd.Function):
@@ -97,26 +86,29 @@ def blockwise_product(x_PD: Tensor, weight_EDF: Tensor, layout: Layout) -> Tenso
     return torch.bmm(x_PD.view(G, R, -1), weight_EDF.index_select(0, expert_G)).flatten(0, 1)
 
 
-# Experts up to this many weights in w_gate_up multiply faster as one batched product than group by group.
+# Experts up to this many weights in w_gate_up multiply faster in bfloat16 as one batched product than group by group.
 _SMALL_EXPERT = 2**15
 
 
 def _product_for(x_ND: Tensor, w_gate_up: Tensor, mean_load: int) -> tuple[Product, int]:
     """The faster product for these sizes, and the multiple of rows that it wants groups padded to.
 
-    On the CPU `grouped_mm` is a loop, in which oneDNN builds a new primitive for each new number of rows: unpadded
-    groups took 13x as long as groups padded to 64. Small experts then still spend most of their time between products;
-    one batched product in bfloat16 took 0.6 to 0.9 of the time, and more than all of it from d * 2F = 36,000 up.
+    On the CPU `grouped_mm` is a loop. In float32 any number of rows is as good as another; in bfloat16 oneDNN builds a
+    new primitive for each new number, and groups that were not padded took up to 10x as long. Small experts then still
+    spend most of their time between products: one batched product took 0.3 to 0.7 of it, and more than all of it from
+    d * 2F = 36,000 up.
     """
     _, D, two_F = w_gate_up.shape
+    on_cpu, compiling = x_ND.device.type == "cpu", torch.compiler.is_compiling()
     fits_16_bytes = all(n * x_ND.element_size() % 16 == 0 for n in (D, two_F // 2))  # grouped_mm's rule for strides
-    on_cpu = x_ND.device.type == "cpu"
-    if x_ND.dtype == torch.bfloat16:
-        grouped = not on_cpu or D * two_F > _SMALL_EXPERT
-    else:  # grouped_mm takes float32 too, but as a loop, which torch.compile refuses
-        grouped = x_ND.dtype == torch.float32 and on_cpu and not torch.compiler.is_compiling()
-    if grouped and fits_16_bytes:
-        return grouped_product, 64 if on_cpu else 8
+    if fits_16_bytes and not on_cpu and x_ND.dtype == torch.bfloat16:
+        return grouped_product, 8
+    if fits_16_bytes and on_cpu and x_ND.dtype == torch.bfloat16 and D * two_F > _SMALL_EXPERT:
+        return grouped_product, 64 if compiling else 16 if mean_load < 128 else 32
+    if fits_16_bytes and on_cpu and x_ND.dtype == torch.float32 and not compiling:  # torch.compile refuses it
+        return grouped_product, 1
+    if compiling:  # whose graphs must not depend on how many tokens there are
+        return blockwise_product, 64
     half_load = max(mean_load // 2, 1)
     return blockwise_product, min(max(2 ** (half_load.bit_length() - 1), 16), 256)
 
@@ -138,5 +130,5 @@ def grouped_swiglu(
     # Weighting the hidden layer, the narrowest, costs least; padding gets weight 0, so that it adds to no gradient.
     weights = torch.cat([weights_NK.flatten(), weights_NK.new_zeros(1)])
     x_PD = _Spread.apply(x_ND, token_P, layout.place_NK)
-    h_PF = weighted_swiglu(product(x_PD, w_gate_up, layout), weights.index_select(0, layout.copy_P))
+    h_PF = swiglu(product(x_PD, w_gate_up, layout), weights.index_select(0, layout.copy_P))
     return _Collect.apply(product(h_PF, w_down, layout), token_P, layout.place_NK)

@@ -1,7 +1,8 @@
 """The gated feed-forward map that shared experts and dense blocks are (arXiv:2002.05202)."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engram.kernels import load_kernels, swiglu
 
 
 class SwiGLU(nn.Module):
@@ -12,6 +13,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
+        load_kernels()
         self.gate_up = nn.Linear(d_model, 2 * width, bias=False)
         self.down = nn.Linear(width, d_model, bias=False)
         nn.init.normal_(self.gate_up.weight, std=d_model**-0.5)
@@ -19,5 +21,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d]` -> `[..., d]`."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate.contiguous()) * up)  # silu on a strided half takes 6x as long on the CPU
+        return self.down(swiglu(self.gate_up(x)))

@@ -7,13 +7,14 @@ with a plain-torch reference that runs anywhere and, where a compiler is at hand
 from engram.kernels.causal_attention import attention
 from engram.kernels.fusion import Fused, fuse_memory
 from engram.kernels.hashing import hash_ngrams
+from engram.kernels.layout import lay_out_rows
 from engram.kernels.loading import load_kernels
 from engram.kernels.loss import cross_entropy_
 from engram.kernels.native import load_native
 from engram.kernels.norm import norm_rotate, rms_norm
 from engram.kernels.routing import Routed, route, scores_of
 from engram.kernels.rows import combine_rows, gather_rows, row_adam_
-from engram.kernels.swiglu import weighted_swiglu
+from engram.kernels.swiglu import swiglu
 
 __all__ = [
     "Fused",
@@ -24,6 +25,7 @@ __all__ = [
     "fuse_memory",
     "gather_rows",
     "hash_ngrams",
+    "lay_out_rows",
     "load_kernels",
     "load_native",
     "norm_rotate",
@@ -31,5 +33,5 @@ __all__ = [
     "route",
     "row_adam_",
     "scores_of",
-    "weighted_swiglu",
+    "swiglu",
 ]

@@ -1,4 +1,4 @@
-"""silu(gate) * up * weight for the rows of a grouped product, in one pass each way (arXiv:2002.05202, equation 6)."""
+"""silu(gate) * up (arXiv:2002.05202, equation 6) in one pass each way, with a weight for each row if wanted."""
 
 from __future__ import annotations
 
@@ -12,48 +12,57 @@ from engram.kernels.library import LIBRARY, define
 from engram.tensors import widen
 
 
-def weighted_swiglu_reference(gate_up: Tensor, weights: Tensor) -> Tensor:
-    """`weighted_swiglu` in plain torch."""
+def swiglu_reference(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    """`swiglu` in plain torch."""
     gate, up = widen(gate_up).chunk(2, dim=-1)
-    return (F.silu(gate) * up * widen(weights).unsqueeze(-1)).to(gate_up.dtype)
+    product = F.silu(gate) * up
+    return (product if weights is None else product * widen(weights).unsqueeze(-1)).to(gate_up.dtype)
 
 
-def weighted_swiglu_backward_reference(grad: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `gate_up` and of `weights`, given that of the result."""
+def swiglu_backward_reference(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of `gate_up` and of `weights` (empty without them), given that of the result."""
     gate, up = widen(gate_up).chunk(2, dim=-1)
-    g, w = widen(grad), widen(weights).unsqueeze(-1)
+    g = widen(grad)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
-    grad_gate = g * w * up * sigmoid * (1 + gate * (1 - sigmoid))
-    grad_gate_up = torch.cat([grad_gate, g * w * silu], dim=-1).to(gate_up.dtype)
-    return grad_gate_up, (g * silu * up).sum(-1).to(weights.dtype)
+    grad_weights = g.new_empty(0) if weights is None else (g * silu * up).sum(-1).to(weights.dtype)
+    g = g if weights is None else g * widen(weights).unsqueeze(-1)
+    grad_gate_up = torch.cat([g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * silu], dim=-1)
+    return grad_gate_up.to(gate_up.dtype), grad_weights
+
+
+def _backward_fake(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    grad_weights = widen(grad.new_empty(0)) if weights is None else weights.new_empty(weights.shape)
+    return gate_up.new_empty(gate_up.shape), grad_weights
 
 
 _backward_op = define(
-    "weighted_swiglu_backward(Tensor grad, Tensor gate_up, Tensor weights) -> (Tensor, Tensor)",
-    weighted_swiglu_backward_reference,
-    lambda grad, gate_up, weights: (torch.empty_like(gate_up), torch.empty_like(weights)),
+    "swiglu_backward(Tensor grad, Tensor gate_up, Tensor? weights) -> (Tensor, Tensor)",
+    swiglu_backward_reference,
+    _backward_fake,
 )
 _op = define(
-    "weighted_swiglu(Tensor gate_up, Tensor weights) -> Tensor",
-    weighted_swiglu_reference,
+    "swiglu(Tensor gate_up, Tensor? weights) -> Tensor",
+    swiglu_reference,
     lambda gate_up, weights: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
 )
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward_op(grad, *ctx.saved_tensors)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    gate_up, weights = ctx.saved_tensors
+    grad_gate_up, grad_weights = _backward_op(grad, gate_up, weights)
+    return grad_gate_up, None if weights is None else grad_weights
 
 
-torch.library.register_autograd("engram::weighted_swiglu", _backward, setup_context=_setup, lib=LIBRARY)
+torch.library.register_autograd("engram::swiglu", _backward, setup_context=_setup, lib=LIBRARY)
 
 
-def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
-    """`[P, 2F]` (gate first) and a weight for each row `[P]` -> silu(gate) * up * weight, `[P, F]`.
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`[..., 2F]` (gate first), and a weight for each row `[...]` -> silu(gate) * up * weight, `[..., F]`.
 
     Computed in float32 (float64 for float64), returned in the type of `gate_up`.
     """

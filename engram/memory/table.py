@@ -25,8 +25,8 @@ class MemoryTable(nn.Module):
     Rows start as N(0, 0.02^2). The demonstration code has nn.Embedding's N(0, 1); rows that are never trained then add
     noise that hides what trained rows say, and small models learn markedly slower.
 
-    Rows are kept, read and trained in one type, `dtype`, whatever the type of the layers around. A gradient has the
-    type of its table: in bfloat16 each lookup's is rounded to the nearest, and those of one row are summed in float32.
+    Rows and their gradients have one type, `dtype`, whatever the type of the layers around. The many gradients that a
+    bfloat16 row may get in a batch are summed in float32 (`combine_rows`).
 
     Under `torch.compile` the gradient is put into `weight.grad` by the backward pass itself, since compiled graphs
     can't carry sparse tensors: it is there for optimisers and clipping, but `torch.autograd.grad` and hooks don't see
@@ -66,8 +66,10 @@ class MemoryTable(nn.Module):
         They come in that type, or under autocast as they are.
         """
         values = self(rows_BTH).flatten(-2)
+        device = values.device.type
         # Autocast makes of all types the one it computes in; a wider one in between would be written for nothing.
-        return values if torch.is_autocast_enabled(values.device.type) else values.to(dtype)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return values if autocast else values.to(dtype)
 
     def extra_repr(self) -> str:
         n_rows, width = self.weight.shape
@@ -106,7 +108,8 @@ class _Read(torch.autograd.Function):
 
 
 def _row_sparse(grad: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    values = grad.reshape(-1, grad.shape[-1])
+    # Made contiguous, or torch refuses on the CPU to add two of them in bfloat16.
+    values = grad.reshape(-1, grad.shape[-1]).contiguous()
     return torch.sparse_coo_tensor(rows.reshape(1, -1), values, shape, check_invariants=False)
 
 
@@ -117,7 +120,8 @@ _TABLES: weakref.WeakValueDictionary[int, MemoryTable] = weakref.WeakValueDictio
 
 def _keep_row_gradient_now(grad: Tensor, rows: Tensor, number: int, call: int) -> Tensor:
     weight = _TABLES[number].weight
-    sparse = _row_sparse(grad.to(weight.dtype), rows, weight.shape)
+    # Copies: the compiled graph goes on to use the memory of what it passed.
+    sparse = _row_sparse(grad.to(weight.dtype, copy=True), rows.clone(), weight.shape)
     weight.grad = sparse if weight.grad is None else weight.grad + sparse
     return grad.new_zeros(1, dtype=torch.float32)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram import ConfigError, EngramLM, ModelConfig
+from engram import ConfigError, Engram, EngramLM, ModelConfig
 from engram.backbone import mean_loss
 
 V = 80
@@ -30,6 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "bigram": {"memory": BIGRAM},
     "bigram, branches": {"memory": BIGRAM, "branches": 2},
+    "bfloat16 rows": {"memory": {"rows": [31, 37], "n_heads": 2, "row_width": 4, "table_dtype": "bfloat16"}},
     "two memories": {"memory": {"layers": [0, 2], "rows": [31, 37], "n_heads": 2, "row_width": 4}},
 }
 
@@ -123,9 +124,14 @@ def test_an_id_outside_the_vocabulary_is_named(bad: int) -> None:
         model_of()(ids)
 
 
-def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one() -> None:
-    """Grouped queries with documents, hyper-connections, experts and memory, and the chunked loss, as one graph."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(dtype: torch.dtype) -> None:
+    """Grouped queries with documents, hyper-connections, experts and memory, and the chunked loss, as one graph; the
+    memory's rows in the type of the rest or another."""
     model = model_of(n_layers=2, branches=2).double()
+    memory = model.memory["1"]
+    assert isinstance(memory, Engram)
+    memory.table.to(dtype)
     ids, targets = torch.randint(0, V, (2, 2, 12)).unbind()
     documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
 

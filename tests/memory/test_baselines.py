@@ -88,6 +88,53 @@ def test_every_kind_has_the_one_interface(kind: MemoryKind, branches: int) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("branches", [1, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_rows_say_what_the_same_rows_say_in_float32(kind: MemoryKind, branches: int, autocast: bool) -> None:
+    exact = modules_of(memory(kind, branches=branches)).float()
+    kept = copy.deepcopy(exact)
+    tables = {name: m for name, m in kept.named_modules() if isinstance(m, MemoryTable)}
+    for name, table in tables.items():
+        table.bfloat16()
+        with torch.no_grad():
+            cast(MemoryTable, exact.get_submodule(name)).weight.copy_(table.weight)
+    for name, module in kept.items():
+        hidden, ids = inputs(2, 14, module, branches)
+        grad, updates = torch.randn(hidden.shape), []
+        for one in (module, exact[name]):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                updates.append(one.add_to(hidden.float(), ids)[0])
+            updates[-1].backward(grad)
+        tolerance = {"rtol": 2**-7, "atol": 2**-7} if autocast else {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(*updates, **tolerance)
+    for name, table in tables.items():
+        expected = cast(MemoryTable, exact.get_submodule(name)).weight.grad
+        if kind == "frozen_random":
+            assert table.weight.grad is expected is None
+        else:
+            assert table.weight.grad is not None
+            assert expected is not None
+            found = table.weight.grad
+            assert found.is_sparse
+            assert found.dtype == torch.bfloat16
+            # Each lookup's is rounded, and rows are read several times.
+            torch.testing.assert_close(found.float().to_dense(), expected.to_dense(), rtol=2**-6, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_keeps_its_rows_in_the_type_of_the_config(kind: MemoryKind) -> None:
+    built = build_memory(memory(kind, table_dtype="bfloat16"), N_LAYERS)
+    modules = nn.ModuleList([*built.at_block.values(), *([built.at_input] if built.at_input is not None else [])])
+    types = {name.endswith("table.weight"): p.dtype for name, p in modules.named_parameters()}
+    assert types == {True: torch.bfloat16, False: torch.float32}
+    for convert in (modules.bfloat16, modules.double, modules.float):
+        (dtype,) = {p.dtype for p in convert().parameters()}
+        for module in modules:
+            hidden, ids = inputs(2, 5, module)
+            assert module.add_to(hidden.to(dtype), ids)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("branches", [1, 3])
 @pytest.mark.parametrize("chunks", [[1] * 14, [3, 1, 6, 4], [14]], ids=str)
 def test_decoding_in_any_chunks_equals_the_whole(kind: MemoryKind, branches: int, chunks: list[int]) -> None:
     documents = torch.tensor([[0] * 4 + [1] * 5 + [2] * 5, [0] * 14])

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engram.config import ConfigError, MemoryConfig
 from engram.memory import Engram, MemoryTable
+from engram.training.optim.row_adam import coalesced
 
 
 class LargestDense(TorchDispatchMode):
@@ -70,14 +71,15 @@ def test_no_tensor_as_large_as_the_table_appears_in_a_step_of_the_layer() -> Non
     assert largest_dense_in(lambda: memory(hidden, ids)) < memory.table.weight.numel() / 50
 
 
-def test_gradients_of_two_backward_passes_add_up_and_stay_sparse() -> None:
-    table, rows = MemoryTable(100, 2), torch.tensor([[1, 2]])
-    table(rows).sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_several_readings_and_backward_passes_add_up_and_stay_sparse(dtype: torch.dtype) -> None:
+    table, rows = MemoryTable(100, 2, dtype), torch.tensor([[1, 2]])
+    (table(rows).sum() + table(torch.tensor([9])).sum()).backward()
     table(rows + 1).sum().backward()
     assert table.weight.grad is not None
     gradient = table.weight.grad.coalesce()
-    assert gradient.indices().tolist() == [[1, 2, 3]]
-    assert gradient.values().tolist() == [[1, 1], [2, 2], [1, 1]]
+    assert gradient.indices().tolist() == [[1, 2, 3, 9]]
+    assert gradient.values().tolist() == [[1, 1], [2, 2], [1, 1], [1, 1]]
 
 
 def test_rows_that_do_not_learn_get_no_gradient() -> None:
@@ -96,8 +98,49 @@ def test_rows_come_in_the_type_of_the_weights(dtype: torch.dtype) -> None:
         assert table(torch.tensor([1])).dtype == dtype
 
 
-def test_rows_start_small_and_distinct() -> None:
-    weight = MemoryTable(2000, 16).weight
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_come_side_by_side_in_the_type_that_takes_them_but_under_autocast_as_they_are(
+    dtype: torch.dtype, wanted: torch.dtype, autocast: bool
+) -> None:
+    table, rows = MemoryTable(10, 3, dtype), torch.randint(0, 10, (2, 5, 4))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        values = table.concatenated(rows, wanted)
+    assert values.dtype == (dtype if autocast else wanted)
+    assert torch.equal(values, table.weight[rows].reshape(2, 5, 12).to(values.dtype))
+    values.sum().backward()
+    assert table.weight.grad is not None
+    assert table.weight.grad.dtype == dtype
+
+
+def test_heads_are_put_side_by_side_on_the_meta_device() -> None:
+    table = MemoryTable(10, 3, torch.bfloat16).to("meta")
+    rows = torch.zeros(2, 5, 4, dtype=torch.int64, device="meta")
+    assert table.concatenated(rows, torch.float32).shape == (2, 5, 12)
+
+
+def test_a_table_has_the_type_it_is_made_with_until_it_is_given_another() -> None:
+    table = MemoryTable(10, 2, torch.bfloat16)
+    assert table.weight.dtype == torch.bfloat16
+    before = table.weight.detach().clone()
+    assert table.float().weight.dtype == torch.float32
+    assert torch.equal(table.bfloat16().weight, before)
+
+
+def test_gradients_of_a_bfloat16_row_are_summed_in_float32() -> None:
+    """In bfloat16 256 + 1 is 256, and 300 ones would add up to no more."""
+    table = MemoryTable(10, 2, torch.bfloat16)
+    table(torch.full((300,), 3)).sum().backward()
+    assert table.weight.grad is not None
+    gradient = coalesced(table.weight.grad)
+    assert gradient.indices().tolist() == [[3]]
+    assert gradient.values().tolist() == [[300, 300]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_start_small_and_distinct(dtype: torch.dtype) -> None:
+    weight = MemoryTable(2000, 16, dtype).weight.float()
     assert weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert abs(weight.mean().item()) < 5e-4
     assert len(weight.unique(dim=0)) == 2000

@@ -30,6 +30,25 @@ def test_each_matrix_moves_as_with_torch_muon(shape: tuple[int, int, int]) -> No
     assert (stack - expected).abs().max() < 0.02 * moved
 
 
+def test_matrices_of_many_shapes_each_move_as_with_torch_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of one shape, cut where they grow too large; a matrix without a gradient stays out."""
+    monkeypatch.setattr("engram.training.optim.muon._TOGETHER", 3 * 24 * 32)
+    shapes = [(24, 32), (32, 24), (24, 32), (16, 16), (24, 32), (24, 32), (32, 24)]
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    singles = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    start = [weight.detach().clone() for weight in weights]
+    ours = BatchedMuon(weights, **SETTINGS)
+    theirs = torch.optim.Muon(singles, nesterov=True, adjust_lr_fn="match_rms_adamw", **SETTINGS)
+    for step in range(4):
+        for i, (weight, single) in enumerate(zip(weights, singles, strict=True)):
+            weight.grad = None if i == 3 and step == 1 else torch.randn(weight.shape)
+            single.grad = None if weight.grad is None else weight.grad.clone()
+        ours.step()
+        theirs.step()
+    for weight, single, before in zip(weights, singles, start, strict=True):
+        assert (weight - single).abs().max() < 0.02 * (single - before).abs().max()
+
+
 def test_an_update_points_along_the_nearest_orthogonal_matrix() -> None:
     """U V^T of the singular value decomposition; Newton-Schulz brings singular values near 1, not to it."""
     matrices = torch.randn(4, 20, 50)

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_run import MODEL, merge
 from torch import Tensor, nn
 
@@ -81,13 +84,41 @@ def test_tables_learn_five_times_as_fast_and_only_maps_and_embeddings_decay() ->
         assert groups["tables"]["schedule"] == "table_schedule"
 
 
+def test_tables_take_the_moments_that_the_config_names() -> None:
+    def state_of(**options: Any) -> tuple[tuple[float, float], dict[str, Any], int]:
+        built = model()
+        optimizer = build_optimizer(built, OptimConfig(beta1=0.8, beta2=0.9, **options))
+        stepped(optimizer, built, range(1))
+        row_adam = optimizer.optimizers[-1]
+        assert isinstance(row_adam, RowAdam)
+        (table,) = Roles.of(built).tables
+        moments = {name: x.ndim for name, x in row_adam.state[table].items() if name.startswith("exp_avg")}
+        return row_adam.param_groups[0]["betas"], moments, row_adam.param_groups[0]["seed"]
+
+    assert state_of() == ((0.8, 0.9), {"exp_avg": 2, "exp_avg_sq": 2}, 0)
+    assert state_of(table_beta1=0.5) == ((0.5, 0.9), {"exp_avg": 2, "exp_avg_sq": 2}, 0)
+    assert state_of(table_beta1=0.0) == ((0.0, 0.9), {"exp_avg_sq": 2}, 0)
+    assert state_of(table_second_moment="row") == ((0.8, 0.9), {"exp_avg": 2, "exp_avg_sq": 1}, 0)
+    assert state_of(table_second_moment="row", table_beta1=0.0) == ((0.0, 0.9), {"exp_avg_sq": 1}, 0)
+
+
+def test_a_bfloat16_table_has_float32_moments_and_the_rest_is_as_ever() -> None:
+    built = model(memory__table_dtype="bfloat16")
+    optimizer = build_optimizer(built, OptimConfig())
+    stepped(optimizer, built, range(3))
+    assert {p.dtype for p in built.parameters()} == {torch.float32, torch.bfloat16}
+    (table,) = Roles.of(built).tables
+    assert [name for name, p in built.named_parameters() if p.dtype == torch.bfloat16] == ["memory.1.table.weight"]
+    state = optimizer.optimizers[-1].state[table]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+
+
 def test_muon_takes_the_linear_maps_and_no_embedding() -> None:
     built = model()
     optimizer = build_optimizer(built, OptimConfig(matrix_optimizer="muon"))
     roles = Roles.of(built)
     kinds = {type(o): {id(p) for g in o.param_groups for p in g["params"]} for o in optimizer.optimizers}
-    assert kinds[torch.optim.Muon] == {id(p) for p in roles.matrices}
-    assert kinds[BatchedMuon] == {id(p) for p in roles.stacks}
+    assert kinds[BatchedMuon] == {id(p) for p in [*roles.matrices, *roles.stacks]}
     assert kinds[torch.optim.AdamW] == {id(p) for p in [*roles.embeddings, *roles.vectors]}
 
 
@@ -130,6 +161,23 @@ def test_all_gradients_shrink_together_to_the_bound(bound: float, scale: float) 
     torch.testing.assert_close(rows.values(), torch.tensor([[2.0, -3.0], [2.0, 2.0]]) * scale)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.1, 1e6]))
+def test_gradients_of_a_bfloat16_table_are_clipped_as_any(seed: int, bound: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    table, dense = MemoryTable(50, 30, torch.bfloat16), nn.Parameter(torch.zeros(3))
+    model = nn.ParameterList([table.weight, dense])
+    dense.grad = torch.randn(3, generator=generator)
+    upstream = torch.randn(40, 30, generator=generator).bfloat16()
+    table(torch.arange(40)).backward(upstream)
+    before = torch.cat([upstream.double().flatten(), dense.grad.double()])
+    norm = clip_gradients(model, bound)
+    torch.testing.assert_close(norm.double(), before.norm(), rtol=1e-5, atol=0.0)
+    assert table.weight.grad is not None
+    after = torch.cat([table.weight.grad.coalesce().values().double().flatten(), dense.grad.double()])
+    torch.testing.assert_close(after, before * (min(1.0, bound / float(norm)) if bound else 1.0), rtol=2**-7, atol=0.0)
+
+
 def stepped(optimizer: torch.optim.Optimizer, built: EngramLM, numbers: range) -> None:
     for number in numbers:
         ids = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(number))
@@ -160,9 +208,9 @@ def apart(built: EngramLM) -> torch.optim.Optimizer:
     return Apart(build_optimizer(built, OptimConfig(matrix_optimizer="muon")).optimizers)
 
 
-def seeded_model() -> EngramLM:
+def seeded_model(**changes: object) -> EngramLM:
     torch.manual_seed(5)
-    return model()
+    return model(**changes)
 
 
 def test_together_they_step_as_each_by_itself() -> None:
@@ -172,8 +220,9 @@ def test_together_they_step_as_each_by_itself() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_together_they_resume_to_the_last_bit() -> None:
-    whole, parts = seeded_model(), seeded_model()
+@pytest.mark.parametrize("table_dtype", ["float32", "bfloat16"])
+def test_together_they_resume_to_the_last_bit(table_dtype: str) -> None:
+    whole, parts = seeded_model(memory__table_dtype=table_dtype), seeded_model(memory__table_dtype=table_dtype)
     stepped(together(whole), whole, range(6))
     first = together(parts)
     stepped(first, parts, range(3))
@@ -215,6 +264,8 @@ def test_a_closure_is_asked_once() -> None:
         ("matrix_optimizer", "sgd", "one of adamw, muon"),
         ("weight_decay", -1.0, "0 or more"),
         ("beta2", 1.0, "0 to below 1"),
+        ("table_beta1", 1.0, "0 to below 1, or none for beta1"),
+        ("table_second_moment", "column", "one of element, row"),
         ("clip", -1.0, "0 or more"),
         ("eps", 0.0, "above 0"),
     ],

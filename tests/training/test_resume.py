@@ -46,14 +46,24 @@ def assert_same_state(one: Run, other: Run) -> None:
             assert torch.equal(a[name], b[name]), f"{key}{name}"
 
 
+MIXED = {"trainer__precision": "bf16-mixed"}
+BFLOAT16_BIGRAM = {
+    "model__model__memory__kind": "additive_bigram",
+    "model__model__memory__table_dtype": "bfloat16",
+    "model__optim__table_beta1": 0.0,
+}
+
+
 @pytest.mark.parametrize(
     ("stop", "changes"),
     [
         (4, {}),
-        (4, {"model__optim__matrix_optimizer": "muon", "trainer__precision": "bf16-mixed"}),
+        (4, {"model__optim__matrix_optimizer": "muon", **MIXED}),
         (3, {"checkpoint_every": 3, "trainer__max_steps": 9, "trainer__val_check_interval": 9}),
         (2, {"trainer__accumulate_grad_batches": 2, "checkpoint_every": 2}),
         (6, {"model__model__memory__kind": "additive_bigram", "checkpoint_every": 2}),
+        (4, {"model__model__memory__table_dtype": "bfloat16", "model__optim__table_second_moment": "row"}),
+        (2, {**BFLOAT16_BIGRAM, **MIXED, "trainer__accumulate_grad_batches": 2, "checkpoint_every": 2}),
     ],
 )
 def test_a_resumed_run_ends_as_one_that_never_stopped(train: Train, stop: int, changes: dict[str, Any]) -> None:

@@ -26,7 +26,9 @@ def bpe(text: str) -> Tokenizer:
     return train_bpe(iter([text]), 280)
 
 
-@pytest.mark.parametrize("changes", [{}, {"memory": None}, {"tied": True, "branches": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"memory": None}, {"tied": True, "branches": 2}, {"memory.table_dtype": "bfloat16"}]
+)
 def test_a_loaded_model_says_what_the_saved_one_said(tmp_path: Path, changes: dict[str, object]) -> None:
     model = built(**changes)
     ids = torch.randint(0, 300, (2, 16))
@@ -36,6 +38,7 @@ def test_a_loaded_model_says_what_the_saved_one_said(tmp_path: Path, changes: di
         loaded = load_model(save_model(model, tmp_path / "m", LOOKUP)).eval()
         assert torch.equal(loaded(ids), model(ids))
     assert loaded.config == model.config
+    assert [p.dtype for p in loaded.parameters()] == [p.dtype for p in model.parameters()]
 
 
 def test_loading_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> None:

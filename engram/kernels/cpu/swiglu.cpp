@@ -1,4 +1,4 @@
-// silu(gate) * up * weight, row by row (reference in kernels/swiglu.py).
+// silu(gate) * up, times a weight for each row if there are weights (reference in kernels/swiglu.py).
 #include "common.h"
 
 #include <ATen/ops/empty.h>
@@ -13,7 +13,7 @@ template <typename T> void forward(const T* in, const wide_t<T>* weight, int64_t
     for (int64_t p = begin; p < end; ++p) {
       const T *gate = in + p * 2 * F, *up = gate + F;
       T* h = out + p * F;
-      const W w = weight[p];
+      const W w = weight ? weight[p] : W(1);
 #pragma omp simd
       for (int64_t f = 0; f < F; ++f) {
         const W x = widened(gate[f]);
@@ -30,7 +30,7 @@ void backward(const T* grad, const T* in, const wide_t<T>* weight, int64_t P, in
     for (int64_t p = begin; p < end; ++p) {
       const T *gate = in + p * 2 * F, *up = gate + F, *g = grad + p * F;
       T *g_gate = out + p * 2 * F, *g_up = g_gate + F;
-      const W w = weight[p];
+      const W w = weight ? weight[p] : W(1);
       W sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t f = 0; f < F; ++f) {
@@ -40,43 +40,51 @@ void backward(const T* grad, const T* in, const wide_t<T>* weight, int64_t P, in
         g_up[f] = narrowed<T>(y * w * silu);
         sum += y * silu * u;
       }
-      out_weight[p] = sum;
+      if (weight) out_weight[p] = sum;
     }
   });
 }
 
-at::Tensor widened_weights(const at::Tensor& weights, at::ScalarType narrow) {
-  return weights.to(narrow == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+using Maybe = std::optional<at::Tensor>;
+
+at::ScalarType wide_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+Maybe widened(const Maybe& weights, const at::Tensor& like) {
+  return weights ? Maybe(weights->to(wide_type(like)).contiguous()) : Maybe();
 }
 
-at::Tensor weighted_swiglu(const at::Tensor& gate_up_, const at::Tensor& weights_) {
-  const auto gate_up = gate_up_.contiguous(), weights = widened_weights(weights_, gate_up.scalar_type());
-  const int64_t P = gate_up.size(0), F = gate_up.size(1) / 2;
-  auto result = at::empty({P, F}, gate_up.options());
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up.scalar_type(), "weighted_swiglu", [&] {
-    forward(gate_up.const_data_ptr<scalar_t>(), weights.const_data_ptr<wide_t<scalar_t>>(), P, F,
+at::Tensor swiglu(const at::Tensor& gate_up_, const Maybe& weights_) {
+  const auto gate_up = gate_up_.contiguous();
+  const auto weights = widened(weights_, gate_up);
+  auto shape = gate_up.sizes().vec();
+  const int64_t F = shape.back() /= 2;
+  auto result = at::empty(shape, gate_up.options());
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up.scalar_type(), "swiglu", [&] {
+    forward(gate_up.const_data_ptr<scalar_t>(), data_or_null<wide_t<scalar_t>>(weights), F ? result.numel() / F : 0, F,
             result.mutable_data_ptr<scalar_t>());
   });
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor> weighted_swiglu_backward(const at::Tensor& grad_, const at::Tensor& gate_up_,
-                                                            const at::Tensor& weights_) {
+std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad_, const at::Tensor& gate_up_,
+                                                   const Maybe& weights_) {
   const auto grad = grad_.contiguous(), gate_up = gate_up_.contiguous();
-  const auto weights = widened_weights(weights_, gate_up.scalar_type());
-  const int64_t P = gate_up.size(0), F = gate_up.size(1) / 2;
-  auto grad_gate_up = at::empty_like(gate_up), grad_weights = at::empty_like(weights);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up.scalar_type(), "weighted_swiglu_backward", [&] {
-    backward(grad.const_data_ptr<scalar_t>(), gate_up.const_data_ptr<scalar_t>(), weights.const_data_ptr<wide_t<scalar_t>>(), P,
-             F, grad_gate_up.mutable_data_ptr<scalar_t>(), grad_weights.mutable_data_ptr<wide_t<scalar_t>>());
+  const auto weights = widened(weights_, gate_up);
+  const int64_t F = grad.size(-1);
+  auto grad_gate_up = at::empty_like(gate_up);
+  auto grad_weights = weights ? at::empty_like(*weights) : at::empty({0}, gate_up.options().dtype(wide_type(gate_up)));
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up.scalar_type(), "swiglu_backward", [&] {
+    using W = wide_t<scalar_t>;
+    backward(grad.const_data_ptr<scalar_t>(), gate_up.const_data_ptr<scalar_t>(), data_or_null<W>(weights),
+             F ? grad.numel() / F : 0, F, grad_gate_up.mutable_data_ptr<scalar_t>(), grad_weights.mutable_data_ptr<W>());
   });
-  return {grad_gate_up, grad_weights.to(weights_.scalar_type())};
+  return {grad_gate_up, weights_ ? grad_weights.to(weights_->scalar_type()) : grad_weights};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(engram, CPU, m) {
-  m.impl("weighted_swiglu", weighted_swiglu);
-  m.impl("weighted_swiglu_backward", weighted_swiglu_backward);
+  m.impl("swiglu", swiglu);
+  m.impl("swiglu_backward", swiglu_backward);
 }
 }  // namespace engram

@@ -30,8 +30,8 @@ def register() -> bool:
         "fuse_memory_backward": fusion.fuse_memory_backward_triton,
         "combine_rows": rows.combine_rows_triton,
         "row_adam_": rows.row_adam_triton_,
-        "weighted_swiglu": swiglu.weighted_swiglu_triton,
-        "weighted_swiglu_backward": swiglu.weighted_swiglu_backward_triton,
+        "swiglu": swiglu.swiglu_triton,
+        "swiglu_backward": swiglu.swiglu_backward_triton,
     }
     for name, kernel in kernels.items():
         LIBRARY.impl(name, _on_its_device(kernel), "CUDA")

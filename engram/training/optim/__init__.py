@@ -79,16 +79,15 @@ def build_optimizer(model: EngramLM, config: OptimConfig) -> Together:
         torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
     ]
     if config.matrix_optimizer == "muon":
-        lr, decay = config.lr, config.weight_decay
-        if roles.matrices:
-            flat = [_group("matrices", roles.matrices)]
-            optimizers.append(torch.optim.Muon(flat, lr, decay, adjust_lr_fn="match_rms_adamw"))
-        if roles.stacks:
-            optimizers.append(BatchedMuon([_group("experts", roles.stacks)], lr, decay))
+        maps_of = {"matrices": roles.matrices, "experts": roles.stacks}
+        muon = [_group(name, parameters) for name, parameters in maps_of.items() if parameters]
+        if muon:
+            optimizers.append(BatchedMuon(muon, config.lr, config.weight_decay))
     if roles.tables:
         tables = [_group("tables", roles.tables, schedule="table_schedule")]
-        lr, beta1 = config.lr * config.table_lr_factor, config.beta1 if config.table_beta1 is None else config.table_beta1
-        optimizers.append(RowAdam(tables, lr, (beta1, config.beta2), config.eps, config.table_second_moment))
+        lr = config.lr * config.table_lr_factor
+        table_betas = (config.beta1 if config.table_beta1 is None else config.table_beta1, config.beta2)
+        optimizers.append(RowAdam(tables, lr, table_betas, config.eps, config.table_second_moment))
     return Together(optimizers)
 
 
@@ -112,6 +111,6 @@ def clip_gradients(model: nn.Module, bound: float) -> Tensor:
                 dense.append(p.grad)
     norm = torch.nn.utils.get_total_norm([*dense, *map(widen, rows)])
     if bound:
-        for gradients in filter(None, (dense, rows)):  # apart, as tables may be of another type
+        for gradients in filter(None, (dense, rows)):  # apart: a list of one type is scaled in one pass
             torch._foreach_mul_(gradients, (bound / (norm + 1e-6)).clamp(max=1.0))
     return norm

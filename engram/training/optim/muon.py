@@ -1,7 +1,7 @@
-"""Muon for stacks of matrices: the weights of E experts are orthogonalised in one batched product.
+"""Muon for many small matrices: those of one shape, and the E of a stack of experts, are orthogonalised together.
 
-The rule is that of `torch.optim.Muon` (scaling of arXiv:2502.16982), which takes 2-D weights only;
-tests compare the two slice by slice.
+The rule is that of `torch.optim.Muon` (scaling of arXiv:2502.16982), which takes one 2-D weight at a time; tests
+compare the two matrix by matrix.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from engram.config import require
 _COEFFICIENTS = (3.4445, -4.775, 2.0315)
 _STEPS = 5
 _EPS = 1e-7
+_TOGETHER = 2**22  # numbers in a batch of matrices, which is a copy: beyond that nothing is won by batching
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def orthogonalize(updates: Tensor) -> Tensor:
 
 
 class BatchedMuon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay on `[E, a, b]` weights, each matrix on its own.
+    """Muon with Nesterov momentum and decoupled weight decay, on `[a, b]` and `[E, a, b]` weights, matrix by matrix.
 
     The learning rate is scaled by 0.2 sqrt(max(a, b)), so that an update's root mean square is that of Adam's and both
     can share one learning rate (`match_rms_adamw` of torch).
@@ -54,21 +55,42 @@ class BatchedMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every stack that has a gradient."""
+        """One step for every weight that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for stack in group["params"]:
-                if stack.grad is None:
-                    continue
-                state = self.state[stack]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(stack)
-                average = state["momentum_buffer"].lerp_(stack.grad, 1 - momentum)
-                update = orthogonalize(stack.grad.lerp(average, momentum))
-                stack.mul_(1 - lr * group["weight_decay"])
-                stack.add_(update.to(stack.dtype), alpha=-lr * 0.2 * max(stack.shape[-2:]) ** 0.5)
+            for weights in _batches([p for p in group["params"] if p.grad is not None]):
+                self._move(weights, group)
         return loss
+
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        averages = [self.state[weight]["momentum_buffer"] for weight in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, averages, momentum)
+        stacked = updates[0] if weights[0].ndim == 3 else torch.stack(updates)
+        moved = orthogonalize(stacked).to(weights[0].dtype)
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        steps = [moved] if weights[0].ndim == 3 else list(moved.unbind())
+        torch._foreach_add_(weights, steps, alpha=-lr * 0.2 * max(weights[0].shape[-2:]) ** 0.5)
+
+
+def _batches(weights: list[Tensor]) -> list[list[Tensor]]:
+    """Matrices of one shape in batches of up to `_TOGETHER` numbers; stacks each on their own."""
+    batches: list[list[Tensor]] = []
+    open_batch: dict[Any, list[Tensor]] = {}
+    for weight in weights:
+        kind = (weight.shape, weight.dtype, weight.device)
+        batch = open_batch.get(kind)
+        if weight.ndim == 3 or batch is None or (len(batch) + 1) * weight.numel() > _TOGETHER:
+            batch = []
+            batches.append(batch)
+            open_batch[kind] = batch
+        batch.append(weight)
+    return batches

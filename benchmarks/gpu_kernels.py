@@ -1,0 +1,369 @@
+"""The Triton kernels on one CUDA device: bytes that must move against the device's copy rate, and times of peers.
+
+Peers are each kernel's reference in plain torch, the same under `torch.compile`, and `tile-kernels` where it imports
+(it has the hash and the gate without convolution). Every call starts with a cold L2 cache, its launches queued behind a
+pause of the device, so that the host's time does not count; sides alternate, and the median counts. Bytes that a design
+moves beyond the least (a second pass) lower its rate: `moved` says how many times the least they are.
+`python benchmarks/gpu_kernels.py`
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from harness import hardware, store
+from torch import Tensor
+
+from engram.kernels import fusion, hashing, rows, swiglu
+
+HIDDEN = (2560, 4096)
+TOKENS = (4096, 8192, 16384, 32768)
+BRANCHES = 4
+TAPS, DILATION, EPS = 4, 3, 1e-5
+ORDERS, HEADS = [2, 3], 16
+TABLE_ROWS = 2_000_000
+EXPERTS_PER_TOKEN, EXPERT_WIDTH = 8, 768
+SEQUENCE = 4096
+ROUNDS = 20
+COMPILE_LIMIT = 64
+PAUSE = 2_000_000  # cycles, about a millisecond
+BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
+
+Call = Callable[[], Any]
+
+
+class Case(NamedTuple):
+    """One kernel at one size: bytes that must move and that its design moves, and how to call each side."""
+
+    kernel: str
+    hidden: int
+    tokens: int
+    least: int
+    moved: int
+    ours: Call
+    eager: Call
+    compiled: Call
+    tile: Call | str
+    checked: bool = True
+
+
+# inputs and cases
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled once for all token counts."""
+    return _COMPILED.setdefault(function, torch.compile(function, dynamic=True))
+
+
+_COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def sides(ours: Callable[..., Any], reference: Callable[..., Any], arguments: list[Any]) -> dict[str, Call]:
+    return {
+        "ours": lambda: ours(*arguments),
+        "eager": lambda: reference(*arguments),
+        "compiled": lambda: compiled(reference)(*arguments),
+    }
+
+
+def peer(name: str) -> Any:
+    """A module of tile-kernels, or why there is none."""
+    try:
+        return importlib.import_module(f"tile_kernels.{name}")
+    except Exception as error:  # whatever the peer raises, the other comparisons go on
+        return f"no tile-kernels ({type(error).__name__}: {error})"
+
+
+def hash_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.gather import hash_gather_reference
+    from engram.kernels.triton.hashing import hash_gather_triton, hash_ngrams_triton
+
+    W = D // 32  # all rows of a token are d / 2 wide, as in the paper
+    ids = torch.randint(0, 100_000, (N // SEQUENCE, SEQUENCE), device="cuda")
+    step = TABLE_ROWS // HEADS
+    moduli = torch.tensor([step - 2 * h - 1 for h in range(HEADS)], device="cuda")
+    offsets = torch.arange(HEADS, device="cuda") * step
+    multipliers = [2**40 + 15, 2**41 + 27, 2**42 + 15]
+    arguments = [ids, None, moduli, offsets, multipliers, ORDERS, 0, 2, -1]
+    least = N * (8 + 8 * HEADS)
+    tile = peer("engram")
+    if not isinstance(tile, str):
+        windows = torch.stack([ids.roll(back, 1).flatten() for back in range(3)], 1).int().contiguous()
+        sizes = moduli.int().view(1, len(ORDERS), HEADS // len(ORDERS))
+        numbers = (windows, torch.tensor([multipliers], device="cuda"), sizes, offsets.int().view(1, -1))
+        tile = (lambda module: lambda: module.engram_hash(*numbers))(tile)
+    made = sides(hash_ngrams_triton, hashing.hash_ngrams_reference, arguments)
+    yield Case("hash", D, N, least, least, **made, tile=tile)
+    table = torch.randn(TABLE_ROWS, W, **BF16)
+    least += N * HEADS * W * 2 * 2
+    made = sides(hash_gather_triton, hash_gather_reference, [*arguments, table])
+    yield Case("hash + gather", D, N, least, least, **made, tile="-")
+
+
+def fusion_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.fusion import fuse_memory_backward_triton, fuse_memory_triton
+
+    M, row = BRANCHES, 2 * D * N
+    shape = (N // SEQUENCE, SEQUENCE)
+    hidden, kv = torch.randn(*shape, M, D, **BF16), torch.randn(*shape, (M + 1) * D, **BF16)
+    grad = torch.randn_like(hidden)
+    query, key, norm = (1 + 0.1 * torch.randn(M, D, **BF16) for _ in range(3))
+    weight = torch.randn(TAPS, M, D, **BF16)
+    settings = [EPS, True, DILATION, True]
+    for name, convolution, forward, backward in (
+        ("gate", [None, None], 3 * M + 1, 6 * M + 3),
+        ("gate + conv", [norm, weight], 4 * M + 2, 8 * M + 3),
+    ):
+        inputs = [hidden, kv, query, key, *convolution, None, None, None]
+        tiles = tile_gate(hidden, kv, query, key, grad) if name == "gate" else ("-", "-")
+        made = sides(fuse_memory_triton, fusion.fuse_memory_reference, [*inputs, *settings])
+        yield Case(f"{name}, forward", D, N, (3 * M + 1) * row, forward * row, **made, tile=tiles[0])
+        _, alpha, stats = fuse_memory_triton(*inputs, *settings)
+        arguments = [grad, None, *inputs, alpha, stats, *settings]
+        made = sides(fuse_memory_backward_triton, fusion.fuse_memory_backward_reference, arguments)
+        yield Case(f"{name}, backward", D, N, (5 * M + 2) * row, backward * row, **made, tile=tiles[1])
+
+
+def tile_gate(hidden: Tensor, kv: Tensor, query: Tensor, key: Tensor, grad: Tensor) -> tuple[Call | str, Call | str]:
+    """The peer's gate with residual, forward and backward."""
+    module = peer("engram")
+    if isinstance(module, str):
+        return module, module
+    M, D = query.shape
+    x, gy, flat = hidden.view(-1, M, D), grad.view(-1, M, D), kv.view(-1, (M + 1) * D)
+    k, v = flat[:, : M * D].unflatten(1, (M, D)), flat[:, M * D :]
+
+    def forward() -> Any:
+        return module.engram_gate_fwd(x, k, v, module.fused_weight(query, key), EPS, 1e-6)
+
+    def backward() -> Any:
+        both = module.fused_weight(query, key)
+        *grads, parts = module.engram_gate_bwd(gy, x, k, v, both, *saved(), 1e-6)
+        ours, theirs = torch.zeros_like(query, dtype=torch.float32), torch.zeros_like(key, dtype=torch.float32)
+        module.grad_w_reduce(parts, query, key, ours, theirs)
+        return grads, ours, theirs
+
+    kept: list[Any] = []
+
+    def saved() -> Any:
+        if not kept:
+            kept.extend(forward()[1:])
+        return kept
+
+    return forward, backward
+
+
+def row_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.rows import combine_rows_triton, row_adam_triton_
+
+    W, looked_up = D // 32, N * HEADS
+    ranks = torch.arange(1, TABLE_ROWS + 1, device="cuda", dtype=torch.float64)
+    drawn = torch.searchsorted((1 / ranks).cumsum(0) / (1 / ranks).sum(), torch.rand_like(ranks[:looked_up]))
+    drawn = drawn.clamp_max(TABLE_ROWS - 1)  # by Zipf's law, so that duplicates are natural
+    grads = torch.randn(looked_up, W, **BF16)
+    unique, sums = combine_rows_triton(drawn, grads)
+    least = 2 * W * (looked_up + len(unique)) + 8 * (looked_up + len(unique))
+    made = sides(combine_rows_triton, rows.combine_rows_reference, [drawn, grads])
+    yield Case("combine rows", D, N, least, least + 16 * 8 * looked_up, **made, tile="-")
+    table = torch.randn(TABLE_ROWS, W, **BF16)
+    last_step = torch.zeros(TABLE_ROWS, dtype=torch.int32, device="cuda")
+    for name, first, second, bytes_ in (
+        ("row Adam", torch.zeros(TABLE_ROWS, W, device="cuda"), torch.zeros(TABLE_ROWS, W, device="cuda"), 16 * W + 16),
+        ("row Adam, one moment a row", None, torch.zeros(TABLE_ROWS, device="cuda"), 24),
+    ):
+        options = [10, 1e-3, 0.9 if first is not None else 0.0, 0.95, 1e-8, 0]
+        least = len(unique) * (6 * W + bytes_)
+        made = sides(
+            row_adam_triton_, rows.row_adam_reference_, [table, first, second, last_step, unique, sums, *options]
+        )
+        yield Case(name, D, N, least, least, **made, tile="-", checked=False)
+
+
+def swiglu_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.swiglu import swiglu_backward_triton, swiglu_triton
+
+    P, F = N * EXPERTS_PER_TOKEN, EXPERT_WIDTH
+    x, g, w = torch.randn(P, 2 * F, **BF16), torch.randn(P, F, **BF16), torch.rand(P, device="cuda")
+    made = sides(swiglu_triton, swiglu.swiglu_reference, [x, w])
+    least = P * (6 * F + 4)
+    yield Case("SwiGLU, forward", D, N, least, least, **made, tile="-")
+    made = sides(swiglu_backward_triton, swiglu.swiglu_backward_reference, [g, x, w])
+    least = P * (10 * F + 8)
+    yield Case("SwiGLU, backward", D, N, least, least, **made, tile="-")
+
+
+# timing
+
+
+def alternate(calls: dict[str, Call | str], rounds: int) -> dict[str, float | str]:
+    """Median seconds of each side's call on the device, sides in turn, each with a cold L2 cache."""
+    result: dict[str, float | str] = {}
+    running: dict[str, Call] = {}
+    for name, call in calls.items():
+        if isinstance(call, str):
+            result[name] = call
+            continue
+        try:
+            for _ in range(3):
+                call()
+            torch.cuda.synchronize()
+            running[name] = call
+        except torch.OutOfMemoryError:
+            result[name] = "out of memory"
+        except Exception as error:  # a peer that fails is told of, and the others go on
+            if name == "ours":
+                raise
+            result[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+        torch.cuda.empty_cache()
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, call in running.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda._sleep(PAUSE)
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) / 1e3)
+    result |= {name: statistics.median(values) for name, values in times.items()}
+    return {name: result[name] for name in calls}
+
+
+def copy_rate() -> float:
+    """Bytes read and written in a second by a copy of 2 GiB."""
+    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = alternate({"copy": lambda: target.copy_(source)}, ROUNDS)["copy"]
+    assert isinstance(seconds, float)
+    return 2 * source.numel() / seconds
+
+
+def difference(case: Case) -> float | str:
+    """The largest difference between our results and the reference's, in parts of the size of each result."""
+    if not case.checked:
+        return "-"
+    try:
+        ours, theirs = case.ours(), case.eager()
+    except torch.OutOfMemoryError:
+        return "-"
+    pairs = [(ours, theirs)] if isinstance(ours, Tensor) else list(zip(ours, theirs, strict=True))
+    errors = [
+        ((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30)).item() for x, y in pairs if y.numel()
+    ]
+    return max(errors)
+
+
+# the table
+
+
+COLUMNS = (
+    "kernel",
+    "hidden",
+    "tokens",
+    "ours us",
+    "GB/s",
+    "of copy",
+    "moved",
+    "eager",
+    "compiled",
+    "tile-kernels",
+    "differs",
+)
+WIDTHS = (27, 6, 6, 8, 6, 7, 6, 7, 8, 12, 8)
+
+
+def line(cells: tuple[object, ...]) -> str:
+    return " ".join(f"{str(cell)[:width]:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
+    """Measure a case, print its line and return what the line says."""
+    differs = difference(case)
+    torch.cuda.empty_cache()
+    calls: dict[str, Call | str] = {
+        "ours": case.ours,
+        "eager": case.eager,
+        "compiled": case.compiled,
+        "tile": case.tile,
+    }
+    seconds = alternate(calls, rounds)
+    ours = seconds["ours"]
+    assert isinstance(ours, float)
+    reached = case.least / ours
+    ratios = {name: s / ours if isinstance(s, float) else s for name, s in seconds.items() if name != "ours"}
+    cells = [f"{r:.2f}x" if isinstance(r, float) else r for r in ratios.values()]
+    moved = case.moved / case.least
+    print(
+        line(
+            (
+                case.kernel,
+                case.hidden,
+                case.tokens,
+                f"{ours * 1e6:.1f}",
+                f"{reached / 1e9:.0f}",
+                f"{reached / rate:.1%}",
+                f"{moved:.2f}x",
+                *cells,
+                f"{differs:.1e}" if isinstance(differs, float) else differs,
+            )
+        ),
+        flush=True,
+    )
+    return {
+        "kernel": case.kernel,
+        "hidden": case.hidden,
+        "tokens": case.tokens,
+        "least_bytes": case.least,
+        "moved_over_least": moved,
+        "of_copy_rate": reached / rate,
+        "seconds": seconds,
+        "ratios": ratios,
+        "differs": differs,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewest tokens and few rounds")
+    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device here: the Triton kernels cannot be timed")
+        return
+    try:
+        import triton
+    except ImportError:
+        print("Triton is not installed: there are no kernels to time")
+        return
+    torch.manual_seed(0)
+    torch._dynamo.config.cache_size_limit = COMPILE_LIMIT
+    rate = copy_rate()
+    device = torch.cuda.get_device_properties(0)
+    machine = {**hardware(), "gpu": device.name, "gpu_memory": device.total_memory, "triton": triton.__version__}
+    print(f"{device.name}: a copy moves {rate / 1e9:.0f} GB/s. M = {BRANCHES}, bfloat16; peers: their time over ours")
+    tile = peer("engram")
+    print(tile if isinstance(tile, str) else "tile-kernels imports", file=sys.stderr)
+    print(line(COLUMNS))
+    results = []
+    for D in HIDDEN:
+        for N in TOKENS[:1] if arguments.quick else TOKENS:
+            for cases in (hash_cases, fusion_cases, row_cases, swiglu_cases):
+                chosen = (case for case in cases(D, N) if arguments.only in case.kernel)
+                results += [measure(case, rate, ROUNDS // 4 if arguments.quick else ROUNDS) for case in chosen]
+                torch.cuda.empty_cache()
+    for name in dict.fromkeys(row["kernel"] for row in results):
+        parts = [row["of_copy_rate"] for row in results if row["kernel"] == name]
+        print(f"  {name}: {min(parts):.1%} to {max(parts):.1%} of the copy rate")
+    store("gpu_kernels", {"hardware": machine, "copy_bytes_per_second": rate, "rows": results})
+
+
+if __name__ == "__main__":
+    main()
