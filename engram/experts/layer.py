@@ -39,15 +39,16 @@ class MoE(nn.Module):
         experts, weights, stats = self.router(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        low = x.to(dtype)  # once, for both kinds of experts
         routed = grouped_swiglu(
-            x.flatten(0, 1).to(dtype),
+            low.flatten(0, 1),
             experts.flatten(0, 1),
             weights.flatten(0, 1),
             stats.load_E,
             self.w_gate_up.to(dtype),
             self.w_down.to(dtype),
         ).view(x.shape)
-        return routed if self.shared is None else routed + self.shared(x), stats
+        return routed if self.shared is None else routed + self.shared(low), stats
 
     def update_balance(self, load_E: Tensor) -> None:
         """After each optimiser step: move the selection bias against that step's loads (tokens per expert)."""

@@ -7,11 +7,10 @@ Scores and normalised top-k weights as in DeepSeekMoE (arXiv:2401.06066, equatio
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.config import MoEConfig
-from engram.kernels import load_kernels, route, scores_of
+from engram.kernels import load_kernels, route, router_logits, scores_of
 from engram.tensors import widen
 
 
@@ -45,11 +44,14 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
         """Hidden states `[B, T, d]` -> experts `[B, T, K]` (int64), their weights `[B, T, K]` and the statistics."""
         config = self.config
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            logits = F.linear(widen(x_BTD), self.weight.to(widen(x_BTD).dtype))
+        device = x_BTD.device.type
+        low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        with torch.autocast(device, enabled=False):
+            x_ND = widen(x_BTD).flatten(0, 1)
+            logits = router_logits(x_ND, self.weight.to(x_ND.dtype), low)
         sigmoid = config.score == "sigmoid"
         routed = route(
-            logits.flatten(0, 1),
+            logits,
             self.bias,
             config.top_k,
             sigmoid=sigmoid,
@@ -59,7 +61,7 @@ class Router(nn.Module):
         experts, weights = (x.view(*x_BTD.shape[:2], config.top_k) for x in (routed.experts, routed.weights))
         aux = logits.new_zeros(())
         if config.balance == "sequence_aux":
-            scores = scores_of(logits, sigmoid)
+            scores = scores_of(logits, sigmoid).view(*x_BTD.shape[:2], -1)
             aux = sequence_aux_loss(scores / scores.sum(-1, keepdim=True), experts) * config.aux_weight
         return experts, weights, RoutingStats(routed.load, routed.entropy, aux)
 

@@ -12,7 +12,7 @@ from engram.kernels.loading import load_kernels
 from engram.kernels.loss import cross_entropy_
 from engram.kernels.native import load_native
 from engram.kernels.norm import norm_rotate, rms_norm
-from engram.kernels.routing import Routed, route, scores_of
+from engram.kernels.routing import Routed, route, router_logits, scores_of
 from engram.kernels.rows import combine_rows, gather_rows, row_adam_
 from engram.kernels.swiglu import swiglu
 
@@ -31,6 +31,7 @@ __all__ = [
     "norm_rotate",
     "rms_norm",
     "route",
+    "router_logits",
     "row_adam_",
     "scores_of",
     "swiglu",

@@ -7,8 +7,6 @@ Scores are made anew for the backward pass; some heads at a time, so that they s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from engram.kernels.library import LIBRARY, define
+from engram.kernels.products import products_in
 
 _SCORES = 2**19  # of a chunk of heads: 2 MiB
 
@@ -64,19 +63,6 @@ _softmax_backward_ = define(
 )
 
 
-@contextmanager
-def _products_in(bfloat16: bool) -> Iterator[None]:
-    """Let oneDNN take products of float32 matrices in bfloat16, summed in float32, and set it back."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    if bfloat16:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def _chunks(G: int, R: int, T: int) -> list[slice]:
     size = max(1, _SCORES // (R * T))
     return [slice(start, min(start + size, G)) for start in range(0, G, size)]
@@ -86,12 +72,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, bfloat16:
     (G, R, c), T = q.shape, k.shape[1]
     out, log_sum = q.new_empty(G, R, v.shape[2]), q.new_empty(G, R)
     heads = G // len(starts) if starts is not None else 1
-    scaled, k_turned = q * c**-0.5, k.mT.contiguous()  # oneDNN takes five times as long for a transposed view
+    scaled = q * c**-0.5
     parts = _chunks(G, R, T)
     buffer = q.new_empty(parts[0].stop, R, T)
-    with _products_in(bfloat16):
+    with products_in(bfloat16):
         for part in parts:
-            scores = torch.bmm(scaled[part], k_turned[part], out=buffer[: part.stop - part.start])
+            scores = torch.bmm(scaled[part], k[part].mT, out=buffer[: part.stop - part.start])
             log_sum[part] = _softmax_(scores, starts, heads, part.start)
             torch.bmm(scores, v[part], out=out[part])
     return out, log_sum
@@ -104,14 +90,13 @@ def _attention_backward(
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     heads = G // len(starts) if starts is not None else 1
     scaled, delta = q * c**-0.5, torch.linalg.vecdot(grad, out)
-    k_turned, v_turned = k.mT.contiguous(), v.mT.contiguous()
     parts = _chunks(G, R, T)
     buffers = q.new_empty(2, parts[0].stop, R, T)
-    with _products_in(bfloat16):
+    with products_in(bfloat16):
         for part in parts:
             scores, by_score = buffers[:, : part.stop - part.start]
-            torch.bmm(scaled[part], k_turned[part], out=scores)
-            torch.bmm(grad[part], v_turned[part], out=by_score)
+            torch.bmm(scaled[part], k[part].mT, out=scores)
+            torch.bmm(grad[part], v[part].mT, out=by_score)
             _softmax_backward_(scores, by_score, log_sum[part], delta[part], starts, heads, part.start)
             torch.bmm(by_score, k[part], out=grad_q[part])
             torch.bmm(by_score.mT, scaled[part], out=grad_k[part])

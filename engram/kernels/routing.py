@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from engram.kernels.library import LIBRARY, define
+from engram.kernels.products import products_in
 
 
 def scores_of(logits: Tensor, sigmoid: bool) -> Tensor:
@@ -82,6 +84,58 @@ def _backward(ctx: Any, grad_weights: Tensor, *rest: Any) -> tuple[Tensor | None
 
 
 torch.library.register_autograd("engram::route", _backward, setup_context=_setup, lib=LIBRARY)
+
+
+def _logits(x: Tensor, weight: Tensor, bfloat16: bool) -> Tensor:
+    return x @ weight.T
+
+
+def _logits_backward(grad: Tensor, x: Tensor, weight: Tensor, bfloat16: bool) -> tuple[Tensor, Tensor]:
+    with products_in(bfloat16):
+        return grad @ weight, grad.T @ x
+
+
+_logits_op = define(
+    "router_logits(Tensor x, Tensor weight, bool bfloat16) -> Tensor",
+    _logits,
+    lambda x, weight, bfloat16: x.new_empty(x.shape[0], weight.shape[0]),
+)
+_logits_backward_op = define(
+    "router_logits_backward(Tensor grad, Tensor x, Tensor weight, bool bfloat16) -> (Tensor, Tensor)",
+    _logits_backward,
+    lambda grad, x, weight, bfloat16: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+)
+
+
+def _logits_setup(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    x, weight, ctx.bfloat16 = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _logits_grads(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_logits_backward_op(grad, *ctx.saved_tensors, ctx.bfloat16), None
+
+
+torch.library.register_autograd("engram::router_logits", _logits_grads, setup_context=_logits_setup, lib=LIBRARY)
+
+
+@register_flop_formula(torch.ops.engram.router_logits)
+def _logits_flops(x: Any, weight: Any, *rest: Any, **others: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.engram.router_logits_backward)
+def _logits_backward_flops(grad: Any, x: Any, weight: Any, *rest: Any, **others: Any) -> int:
+    return 4 * x[0] * x[1] * weight[0]
+
+
+def router_logits(x: Tensor, weight: Tensor, bfloat16: bool) -> Tensor:
+    """Tokens `[N, D]` and a router `[E, D]`, of one wide type -> logits `[N, E]`, in that type.
+
+    With `bfloat16` the two products of the backward pass, on the CPU, round their factors, as autocast does in those of
+    all other maps; choices are made in full precision whatever it says.
+    """
+    return _logits_op(x, weight, bfloat16)
 
 
 class Routed(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.kernels import load_native, route
+from engram.kernels import load_native, route, router_logits
 from engram.kernels.routing import route_backward_reference, route_reference, scores_of
 
 SETTINGS = ("sigmoid", "normalize", "scale")
@@ -91,3 +91,18 @@ def test_float32_is_near_float64(sigmoid: bool) -> None:
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     arguments = (torch.randn(6, 9, requires_grad=True), torch.zeros(9), 2, True, True, 1.0)
     torch.library.opcheck(torch.ops.engram.route.default, arguments)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_logits_are_exact_and_their_gradients_as_near_as_asked(bfloat16: bool) -> None:
+    x, weight = torch.randn(300, 64, requires_grad=True), torch.randn(12, 64, requires_grad=True)
+    logits = router_logits(x, weight, bfloat16)
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-4)
+    grad = torch.randn(300, 12)
+    ours = torch.autograd.grad(logits, (x, weight), grad)
+    wanted = torch.autograd.grad(exact, (x, weight), grad.double())
+    for got, want in zip(ours, wanted, strict=True):
+        error = (got - want).norm() / want.norm()
+        assert error < (2**-7 if bfloat16 else 1e-5)
+    torch.library.opcheck(torch.ops.engram.router_logits.default, (x, weight, bfloat16))

@@ -86,8 +86,13 @@ struct Heads {
   explicit Heads(const at::Tensor& x)
       : B(x.size(0)), h(x.size(1)), T(x.size(2)), c(x.size(3)), sB(x.stride(0)), sh(x.stride(1)), sT(x.stride(2)) {}
   int64_t count() const { return B * h * T; }
-  int64_t position(int64_t i) const { return i % T; }
-  int64_t start(int64_t i) const { return i / (h * T) * sB + i / T % h * sh + i % T * sT; }
+  // Calls visit(number, position, where it starts) for heads `begin` to `end`, with one division for each T of them.
+  template <typename Visit> void each(int64_t begin, int64_t end, const Visit& visit) const {
+    for (int64_t i = begin; i < end;) {
+      const int64_t row = i / T, from = row / h * sB + row % h * sh, stop = std::min(end, (row + 1) * T);
+      for (int64_t t = i - row * T; i < stop; ++i, ++t) visit(i, t, from + t * sT);
+    }
+  }
 };
 
 inline at::Tensor with_heads_together(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
@@ -99,9 +104,9 @@ void rotate(const T* x, const Heads& s, const wide_t<T>* weight, const wide_t<T>
   using W = wide_t<T>;
   const int64_t c = s.c, half = c / 2;
   at::parallel_for(0, s.count(), grain(4 * c), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* in = x + s.start(i);
-      const W *cos = cosine + s.position(i) * half, *sin = sine + s.position(i) * half;
+    s.each(begin, end, [&](int64_t i, int64_t position, int64_t start) {
+      const T* in = x + start;
+      const W *cos = cosine + position * half, *sin = sine + position * half;
       W scale = 1;
       if (inverse) {
         W square = 0;
@@ -116,7 +121,7 @@ void rotate(const T* x, const Heads& s, const wide_t<T>* weight, const wide_t<T>
         out[d] = a * cos[d] - b * sin[d];
         out[d + half] = b * cos[d] + a * sin[d];
       }
-    }
+    });
   });
 }
 
@@ -128,9 +133,9 @@ void rotate_backward(const wide_t<T>* grad, const T* x, const Heads& s, const wi
   at::parallel_for(0, s.count(), grain(6 * c), [&](int64_t begin, int64_t end) {
     std::vector<W> back(c);
     W* sums = grad_weight.mine();
-    for (int64_t i = begin; i < end; ++i) {
-      const T* in = x + s.start(i);
-      const W *cos = cosine + s.position(i) * half, *sin = sine + s.position(i) * half, *g = grad + i * c;
+    s.each(begin, end, [&](int64_t i, int64_t position, int64_t start) {
+      const T* in = x + start;
+      const W *cos = cosine + position * half, *sin = sine + position * half, *g = grad + i * c;
       W* turned = back.data();
 #pragma omp simd
       for (int64_t d = 0; d < half; ++d) {
@@ -140,7 +145,7 @@ void rotate_backward(const wide_t<T>* grad, const T* x, const Heads& s, const wi
       T* out = grad_x + i * c;
       if (!weight) {
         for (int64_t d = 0; d < c; ++d) out[d] = narrowed<T>(turned[d]);
-        continue;
+        return;
       }
       const W scale = inverse[i];
       W along = 0;
@@ -153,7 +158,7 @@ void rotate_backward(const wide_t<T>* grad, const T* x, const Heads& s, const wi
         out[d] = narrowed<T>(scale * (turned[d] * weight[d] - along * value));
         sums[d] += turned[d] * value * scale;
       }
-    }
+    });
   });
 }
 

@@ -48,16 +48,27 @@ template <typename T> T score(const T* logit, int64_t E, bool sigmoids, T* s) {
   return 1;
 }
 
+constexpr int64_t kBlock = 16;
+
+// Largest of the kBlock keys from `key` on.
+template <typename T> T largest(const T* key) {
+  T best = key[0];
+#pragma omp simd reduction(max : best)
+  for (int64_t i = 0; i < kBlock; ++i) best = key[i] > best ? key[i] : best;
+  return best;
+}
+
 template <typename T>
 void choose(const T* logits, const T* bias, int64_t N, int64_t E, int64_t K, bool sigmoids, bool normalize, T scale,
             int64_t* experts, T* weights, PerThread<int64_t>& load, PerThread<double>& entropy) {
+  const int64_t blocks = (E + kBlock - 1) / kBlock;
   at::parallel_for(0, N, grain(8 * E), [&](int64_t begin, int64_t end) {
-    std::vector<T> scores(E), keys(E);
+    // Keys are filled up to whole blocks with what is never chosen.
+    std::vector<T> scores(E), keys(blocks * kBlock, -std::numeric_limits<T>::infinity()), tops(blocks);
     int64_t* loads = load.mine();
     double* nats = entropy.mine();
+    T *s = scores.data(), *key = keys.data(), *top = tops.data();
     for (int64_t n = begin; n < end; ++n) {
-      T* s = scores.data();
-      T* key = keys.data();
       const T sum = score(logits + n * E, E, sigmoids, s);
       T sum_log = 0;
 #pragma omp simd reduction(+ : sum_log)
@@ -66,16 +77,18 @@ void choose(const T* logits, const T* bias, int64_t N, int64_t E, int64_t K, boo
         sum_log += s[e] * logarithm(s[e]);
       }
       *nats += logarithm(sum) - sum_log / sum;
+      for (int64_t b = 0; b < blocks; ++b) top[b] = largest(key + b * kBlock);
       int64_t* chosen = experts + n * K;
       T* weight = weights + n * K;
       T total = 0;
       for (int64_t k = 0; k < K; ++k) {
-        T best = key[0];
-#pragma omp simd reduction(max : best)
-        for (int64_t e = 0; e < E; ++e) best = key[e] > best ? key[e] : best;
-        int64_t at = 0;
-        while (at < E - 1 && !(key[at] == best)) ++at;
+        int64_t block = 0;
+        for (int64_t b = 1; b < blocks; ++b) block = top[b] > top[block] ? b : block;
+        int64_t at = block * kBlock;
+        const int64_t last = std::min(E, at + kBlock) - 1;
+        while (at < last && !(key[at] == top[block])) ++at;
         key[at] = -std::numeric_limits<T>::infinity();
+        top[block] = largest(key + block * kBlock);
         chosen[k] = at;
         ++loads[at];
         total += weight[k] = s[at];
