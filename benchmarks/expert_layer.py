@@ -257,7 +257,7 @@ def main() -> None:
                 case = (kind, size.D, size.F, size.E, size.K, size.tokens, size.group, imbalance, name)
                 table.add(case, timings)
         tables.append(table)
-    finish("expert_layer", tables)
+    finish("expert_layer", tables, arguments=vars(arguments))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ class Table:
 
 
 def finish(name: str, tables: Sequence[Table], **more: Any) -> None:
-    """Print what each table comes to and the hardware, and write `results/NAME.json`; `more` goes there too."""
+    """Print what each table comes to and the hardware, and write `results/NAME.json`; `more`, such as the arguments,
+    goes there too."""
     for table in tables:
         print(f"\n{table.title}")
         table.summary()

@@ -83,7 +83,7 @@ def main() -> None:
             rounds=11 if arguments.quick else 101,
         )
         table.add((B, T), seconds)
-    finish("hashing", [table])
+    finish("hashing", [table], arguments=vars(arguments))
 
 
 if __name__ == "__main__":

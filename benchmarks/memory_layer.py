@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -341,7 +341,7 @@ def measure(name: str, size: Size, pair: Pair | str, quick: bool) -> dict[str, M
     return alternate(
         {"ours": lambda x: run(pair.ours, inputs=x), "theirs": lambda x: run(pair.theirs, inputs=x)},
         functools.partial(draw, size),
-        budget_s=0.5 if quick else 1.5,
+        budget_s=0.5 if quick else 1.0,
     )
 
 
@@ -354,11 +354,11 @@ class Peer(NamedTuple):
     passes: tuple[tuple[str, int], ...] = (("forward", FEW_ROWS), ("both", FEW_ROWS), ("both", MANY_ROWS))
     shapes: tuple[tuple[int, int], ...] = SHAPES
 
-    def cases(self, quick: bool) -> Iterator[tuple[str, Size]]:
+    def cases(self, widths: Sequence[int], quick: bool) -> Iterator[tuple[str, Size]]:
         """Passes and sizes."""
         for dtype in (torch.float32, torch.bfloat16):
             for M in self.branches:
-                for D in WIDTHS[:1] if quick else WIDTHS:
+                for D in widths:
                     for B, T in self.shapes[:3] if quick else self.shapes:
                         for name, rows in self.passes:
                             yield name, Size(B, T, D, M, dtype, rows)
@@ -377,21 +377,22 @@ PEERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one width, three shapes and few rounds")
+    parser.add_argument("--quick", action="store_true", help="three shapes and few rounds")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="model widths d")
     arguments = parser.parse_args()
     prepare_process()
     torch.manual_seed(0)
     tables = []
     for title, peer in PEERS.items():
         table = Table(title, ["type", "M", "d", "B", "T", "rows", "pass"], ["ours", "theirs"])
-        for name, size in peer.cases(arguments.quick):
+        for name, size in peer.cases(arguments.widths, arguments.quick):
             pair = peer.build(size) if size.memory <= MEMORY_LIMIT else "> 8 GiB"
             seconds = measure(name, size, pair, arguments.quick)
             n_rows = size.rows * HEADS * len(ORDERS)
             kind = str(size.dtype).removeprefix("torch.")
             table.add((kind, size.M, size.D, size.B, size.T, n_rows, name), seconds)
         tables.append(table)
-    finish("memory_layer", tables)
+        finish("memory_layer", tables, arguments=vars(arguments))  # after each, since all take half an hour
 
 
 if __name__ == "__main__":

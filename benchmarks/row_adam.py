@@ -147,7 +147,7 @@ def main() -> None:
                 print(
                     f"{size.rows:>10} {size.drawn:>6} {name:>11} {peak / 2**20:>8.0f} {state / 2**20:>8.0f}", flush=True
                 )
-    finish("row_adam", [times], memory=memory)
+    finish("row_adam", [times], memory=memory, arguments=vars(arguments))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main() -> None:
         measure("A step of the whole model", whole_model, config, sizes, n),
         measure("A step of the memory layer alone", lambda c: layer_alone(c.memory), config, sizes, 2 * n),
     ]
-    finish("table_size_huge" if arguments.huge else "table_size", tables)
+    finish("table_size_huge" if arguments.huge else "table_size", tables, arguments=vars(arguments))
 
 
 if __name__ == "__main__":
