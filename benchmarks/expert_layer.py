@@ -251,13 +251,13 @@ def main() -> None:
                     {side: timed(compute, parameters, name) for side, compute in sides.items()}
                     | ({} if "batched_mm" in blocks else {"batched_mm": "> 4 GiB"}),
                     tokens.draw,
-                    budget_s=0.5 if arguments.quick else 2.0,
+                    budget_s=0.5 if arguments.quick else 1.0,
                 )
                 kind = str(size.dtype).removeprefix("torch.")
                 case = (kind, size.D, size.F, size.E, size.K, size.tokens, size.group, imbalance, name)
                 table.add(case, timings)
         tables.append(table)
-    finish("expert_layer", tables, arguments=vars(arguments))
+        finish("expert_layer", tables, arguments=vars(arguments))
 
 
 if __name__ == "__main__":
