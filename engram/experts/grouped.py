@@ -88,6 +88,7 @@ def blockwise_product(x_PD: Tensor, weight_EDF: Tensor, layout: Layout) -> Tenso
 
 # Experts up to this many weights in w_gate_up multiply faster in bfloat16 as one batched product than group by group.
 _SMALL_EXPERT = 2**15
+_LARGE_EXPERT = 2**19
 
 
 def _product_for(x_ND: Tensor, w_gate_up: Tensor, mean_load: int) -> tuple[Product, int]:
@@ -104,7 +105,8 @@ def _product_for(x_ND: Tensor, w_gate_up: Tensor, mean_load: int) -> tuple[Produ
     if fits_16_bytes and not on_cpu and x_ND.dtype == torch.bfloat16:
         return grouped_product, 8
     if fits_16_bytes and on_cpu and x_ND.dtype == torch.bfloat16 and D * two_F > _SMALL_EXPERT:
-        return grouped_product, 64 if compiling else 16 if mean_load < 128 else 32
+        few = 4 if D * two_F > _LARGE_EXPERT else 16  # rows that pad a large expert's few cost more than a primitive
+        return grouped_product, 64 if compiling else few if mean_load < 128 else 32
     if fits_16_bytes and on_cpu and x_ND.dtype == torch.float32 and not compiling:  # torch.compile refuses it
         return grouped_product, 1
     if compiling:  # whose graphs must not depend on how many tokens there are
