@@ -25,7 +25,7 @@ def test_gradients_are_those_of_finite_differences(native: bool) -> None:
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("P", "width"), [(1, 1), (7, 33), (300, 64)])
 def test_values_and_gradients_are_those_of_torch(dtype: torch.dtype, P: int, width: int) -> None:
     load_native()
@@ -36,7 +36,7 @@ def test_values_and_gradients_are_those_of_torch(dtype: torch.dtype, P: int, wid
     expected = F.silu(gate) * up * wide_weights.unsqueeze(1)
     out = swiglu(gate_up, weights)
     assert out.dtype == dtype
-    tolerance = {torch.bfloat16: 2**-7, torch.float32: 3e-6, torch.float64: 1e-12}[dtype]
+    tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 3e-6, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     grad = torch.randn(P, width).to(dtype)
     ours = torch.autograd.grad(out, (gate_up, weights), grad)

@@ -46,7 +46,8 @@ template <typename W> struct Weights {
   }
   static std::vector<W> numbers_of(const at::Tensor& x) {
     std::vector<W> result;
-    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "weights", [&] { result = numbers_of<scalar_t>(x); });
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "weights",
+                                    [&] { result = numbers_of<scalar_t>(x); });
     return result;
   }
   Weights(const at::Tensor& query_norm, const at::Tensor& key_norm, const Maybe& conv_norm, const Maybe& conv_weight)
@@ -268,14 +269,17 @@ void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, co
   });
 }
 
-#define ENGRAM_DISPATCH(HIDDEN, KV, NAME, ...)                                                              \
-  [&] {                                                                                                     \
-    const auto h_type = (HIDDEN).scalar_type(), v_type = (KV).scalar_type();                                \
-    if (h_type == at::kFloat && v_type == at::kFloat) { using H = float; using V = float; __VA_ARGS__(); }  \
-    else if (h_type == at::kFloat && v_type == at::kBFloat16) { using H = float; using V = at::BFloat16; __VA_ARGS__(); } \
-    else if (h_type == at::kBFloat16 && v_type == at::kBFloat16) { using H = at::BFloat16; using V = at::BFloat16; __VA_ARGS__(); } \
+// Runs the code with H and V the types of hidden states and values.
+#define ENGRAM_DISPATCH(HIDDEN, KV, NAME, ...)                                                             \
+  [&] {                                                                                                    \
+    using at::BFloat16;                                                                                    \
+    const auto h_type = (HIDDEN).scalar_type(), v_type = (KV).scalar_type();                               \
+    const bool narrow = v_type == at::kBFloat16;                                                           \
+    if (h_type == at::kFloat && v_type == at::kFloat) { using H = float; using V = float; __VA_ARGS__(); } \
+    else if (h_type == at::kFloat && narrow) { using H = float; using V = BFloat16; __VA_ARGS__(); }       \
+    else if (h_type == at::kBFloat16 && narrow) { using H = BFloat16; using V = BFloat16; __VA_ARGS__(); } \
     else if (h_type == at::kDouble && v_type == at::kDouble) { using H = double; using V = double; __VA_ARGS__(); } \
-    else TORCH_CHECK(false, NAME, ": no kernel for hidden states of ", h_type, " with values of ", v_type);  \
+    else TORCH_CHECK(false, NAME, ": no kernel for hidden states of ", h_type, " with values of ", v_type); \
   }()
 
 Maybe contiguous(const Maybe& x) { return x ? Maybe(x->contiguous()) : Maybe(); }
@@ -285,7 +289,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fuse_memory(
     const Maybe& conv_norm, const Maybe& conv_weight, const Maybe& documents_, const Maybe& past_values_,
     const Maybe& past_scales_, double eps, bool squash, int64_t dilation, bool residual) {
   const auto hidden = hidden_.contiguous(), kv = kv_.contiguous();
-  const auto documents = contiguous(documents_), past_values = contiguous(past_values_), past_scales = contiguous(past_scales_);
+  const auto documents = contiguous(documents_);
+  const auto past_values = contiguous(past_values_), past_scales = contiguous(past_scales_);
   const Shape s(hidden, conv_weight, documents, past_values, dilation);
   const auto wide = hidden.options().dtype(hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   auto out = at::empty_like(hidden);
@@ -323,7 +328,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                    grad_hidden.mutable_data_ptr<H>(), grad_kv.mutable_data_ptr<V>(), grad_z.mutable_data_ptr<H>(),
                    grad_gate, grad_conv);
     const auto gate = grad_gate.total(), conv = grad_conv.total();
-    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, query_norm.scalar_type(), "fuse_memory_backward", [&] {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query_norm.scalar_type(), "fuse_memory_backward", [&] {
       scalar_t *gq = grad_query.mutable_data_ptr<scalar_t>(), *gk = grad_key.mutable_data_ptr<scalar_t>();
       for (size_t i = 0; i < gate.size(); ++i) {
         gq[i] = narrowed<scalar_t>(gate[i] * w.key[i]);

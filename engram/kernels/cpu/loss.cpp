@@ -39,7 +39,7 @@ at::Tensor cross_entropy_(at::Tensor logits, const at::Tensor& targets_) {
   const auto targets = targets_.contiguous();
   const int64_t N = logits.size(0), V = logits.size(1);
   auto losses = at::empty({N}, logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, logits.scalar_type(), "cross_entropy_", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "cross_entropy_", [&] {
     cross_entropy(logits.mutable_data_ptr<scalar_t>(), targets.const_data_ptr<int64_t>(), N, V,
                   losses.mutable_data_ptr<wide_t<scalar_t>>());
   });

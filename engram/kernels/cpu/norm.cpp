@@ -56,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x_, const at::Tens
   const auto weight = weight_.to(options.dtype()).contiguous();
   const int64_t D = weight.numel(), R = x.numel() / D;
   auto y = at::empty_like(x), inverse = at::empty({R}, options);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "rms_norm", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "rms_norm", [&] {
     using W = wide_t<scalar_t>;
     normalize(x.const_data_ptr<scalar_t>(), weight.const_data_ptr<W>(), R, D, eps, y.mutable_data_ptr<scalar_t>(),
               inverse.mutable_data_ptr<W>());
@@ -69,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad_, co
   const auto grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.to(inverse.options().dtype()).contiguous();
   const int64_t D = weight.numel(), R = x.numel() / D;
   auto grad_x = at::empty_like(x), grad_weight = at::empty({D}, inverse.options());
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "rms_norm_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "rms_norm_backward", [&] {
     using W = wide_t<scalar_t>;
     PerThread<W> sums(D);
     normalize_backward(grad.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), weight.const_data_ptr<W>(),
@@ -170,7 +170,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rotate(const at::Tensor& x_, const Maybe
   const auto cosine = cosine_.to(options.dtype()).contiguous(), sine = sine_.to(options.dtype()).contiguous();
   const auto weight = weight_ ? Maybe(weight_->to(options.dtype()).contiguous()) : Maybe();
   auto y = at::empty({s.B, s.h, s.T, s.c}, options), inverse = at::empty({weight ? s.count() : 0}, options);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "norm_rotate", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_rotate", [&] {
     using W = wide_t<scalar_t>;
     const std::vector<W> ones(weight ? 0 : s.c, W(1));
     rotate<scalar_t>(x.const_data_ptr<scalar_t>(), s, weight ? weight->const_data_ptr<W>() : ones.data(),
@@ -189,7 +189,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rotate_backward(const at::Tensor& grad_,
   const auto cosine = cosine_.to(options.dtype()).contiguous(), sine = sine_.to(options.dtype()).contiguous();
   const auto weight = weight_ ? Maybe(weight_->to(options.dtype()).contiguous()) : Maybe();
   auto grad_x = at::empty({s.B, s.h, s.T, s.c}, x.options()), grad_weight = at::empty({weight ? s.c : 0}, options);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "norm_rotate_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_rotate_backward", [&] {
     using W = wide_t<scalar_t>;
     PerThread<W> sums(s.c);
     rotate_backward<scalar_t>(grad.const_data_ptr<W>(), x.const_data_ptr<scalar_t>(), s, data_or_null<W>(weight),

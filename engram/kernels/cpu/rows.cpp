@@ -66,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor> combine_rows(const at::Tensor& rows, const at
   auto sums = at::empty({u, W}, grads.options());
   for (int64_t i = 0; i < u; ++i) unique.mutable_data_ptr<int64_t>()[i] = key[starts[i]];
   const auto grads_c = grads.contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grads.scalar_type(), "combine_rows", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, grads.scalar_type(), "combine_rows", [&] {
     sum_groups(grads_c.const_data_ptr<scalar_t>(), order.const_data_ptr<int64_t>(), starts, W,
                sums.mutable_data_ptr<scalar_t>());
   });
@@ -86,8 +86,9 @@ template <typename T> inline T rounded(wide_t<T> x, uint32_t) { return x; }
 template <> inline at::BFloat16 rounded<at::BFloat16>(float x, uint32_t random) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return at::BFloat16(static_cast<uint16_t>((finite ? bits + (random & 0xffffu) : bits | ((bits & 0xffffu) ? 0x10000u : 0u)) >> 16),
-                      at::BFloat16::from_bits());
+  const uint32_t kept = bits | ((bits & 0xffffu) ? 0x10000u : 0u);  // a NaN stays one
+  const uint32_t moved = finite ? bits + (random & 0xffffu) : kept;
+  return at::BFloat16(static_cast<uint16_t>(moved >> 16), at::BFloat16::from_bits());
 }
 
 // beta^k for the few steps that most rows miss.
@@ -159,7 +160,7 @@ void row_adam(at::Tensor table, std::optional<at::Tensor> exp_avg, at::Tensor ex
               double eps, int64_t seed) {
   const auto rows_c = rows.contiguous(), grads_c = grads.contiguous();
   const Adam a{step, lr, beta1, beta2, eps, scramble(static_cast<uint32_t>(seed) ^ scramble(static_cast<uint32_t>(step)))};
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, table.scalar_type(), "row_adam", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, table.scalar_type(), "row_adam", [&] {
     using wide = wide_t<scalar_t>;
     move_rows<scalar_t>(a, rows_c.const_data_ptr<int64_t>(), rows_c.numel(), grads_c.const_data_ptr<scalar_t>(),
                         table.size(1), exp_avg_sq.dim() == 1, table.mutable_data_ptr<scalar_t>(),

@@ -59,7 +59,7 @@ at::Tensor swiglu(const at::Tensor& gate_up_, const Maybe& weights_) {
   auto shape = gate_up.sizes().vec();
   const int64_t F = shape.back() /= 2;
   auto result = at::empty(shape, gate_up.options());
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up.scalar_type(), "swiglu", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, gate_up.scalar_type(), "swiglu", [&] {
     forward(gate_up.const_data_ptr<scalar_t>(), data_or_null<wide_t<scalar_t>>(weights), F ? result.numel() / F : 0, F,
             result.mutable_data_ptr<scalar_t>());
   });
@@ -73,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad_, cons
   const int64_t F = grad.size(-1);
   auto grad_gate_up = at::empty_like(gate_up);
   auto grad_weights = weights ? at::empty_like(*weights) : at::empty({0}, gate_up.options().dtype(wide_type(gate_up)));
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up.scalar_type(), "swiglu_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, gate_up.scalar_type(), "swiglu_backward", [&] {
     using W = wide_t<scalar_t>;
     backward(grad.const_data_ptr<scalar_t>(), gate_up.const_data_ptr<scalar_t>(), data_or_null<W>(weights),
              F ? grad.numel() / F : 0, F, grad_gate_up.mutable_data_ptr<scalar_t>(), grad_weights.mutable_data_ptr<W>());
