@@ -40,7 +40,7 @@ def _hash_kernel(
             if documents is not None:
                 document = tl.load(documents + now, mask=valid, other=0)
                 same = same & (tl.load(documents + now - back, mask=same, other=0) == document)
-            same = same & ((there != eos_id) | (eos_id < 0))
+            same = same & ((there != eos_id) | (eos_id < 0)).to(tl.int1)
         mix = mix ^ (tl.where(same, there, pad_id) * tl.load(multipliers + back))
         at_order = tl.where((order == back + 1)[None, :], mix[:, None], at_order)
     modulus = tl.load(moduli + h, mask=h_in, other=1)
