@@ -5,46 +5,23 @@ Its kernel for CUDA, in hashing.py, does both in one pass; the reference here ne
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from engram.kernels import hashing  # noqa: F401 -- defines hash_ngrams
+from engram.kernels import gather_rows
 from engram.kernels.library import define
 
 
-def hash_gather_reference(
-    ids: Tensor,
-    documents: Tensor | None,
-    moduli: Tensor,
-    offsets: Tensor,
-    multipliers: list[int],
-    orders: list[int],
-    past: int,
-    pad_id: int,
-    eos_id: int,
-    table: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Rows `[B, T, H]` as `hash_ngrams` gives them and what the `[R, W]` table holds there, `[B, T, H, W]`."""
-    hash_ngrams = torch.ops.engram.hash_ngrams.default
-    rows = hash_ngrams(ids, documents, moduli, offsets, multipliers, orders, past, pad_id, eos_id)
-    return rows, F.embedding(rows, table)
+def hash_gather_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Rows `[B, T, H]` as `hash_ngrams` gives them and what the `[R, W]` table holds there, `[B, T, H, W]`.
 
-
-def _fake(
-    ids: Tensor,
-    documents: Tensor | None,
-    moduli: Tensor,
-    offsets: Tensor,
-    multipliers: list[int],
-    orders: list[int],
-    past: int,
-    pad_id: int,
-    eos_id: int,
-    table: Tensor,
-) -> tuple[Tensor, Tensor]:
-    shape = (ids.shape[0], ids.shape[1] - past, len(moduli))
-    return ids.new_empty(shape), table.new_empty(*shape, table.shape[1])
+    The arguments are those of `hash_ngrams`, then the table.
+    """
+    *to_hash, table = arguments
+    rows = torch.ops.engram.hash_ngrams.default(*to_hash)
+    return rows, gather_rows(table, rows)
 
 
 # Not differentiable: a table's gradient is row-sparse, and how it gets there is the table's affair.
@@ -52,5 +29,5 @@ hash_gather = define(
     "hash_gather(Tensor ids, Tensor? documents, Tensor moduli, Tensor offsets, int[] multipliers, int[] orders, "
     "int past, int pad_id, int eos_id, Tensor table) -> (Tensor, Tensor)",
     hash_gather_reference,
-    _fake,
+    hash_gather_reference,  # what it calls knows the shapes
 )

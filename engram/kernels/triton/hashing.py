@@ -8,6 +8,7 @@ and H rows of W numbers, read (in sectors of 32 bytes, wherever they lie) and wr
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -72,7 +73,7 @@ def _hash(
     past: int,
     pad_id: int,
     eos_id: int,
-    table: Tensor | None,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     (B, S), H = ids.shape, len(moduli)
     T = S - past
@@ -93,32 +94,11 @@ def _hash(
     return rows, gathered
 
 
-def hash_ngrams_triton(
-    ids: Tensor,
-    documents: Tensor | None,
-    moduli: Tensor,
-    offsets: Tensor,
-    multipliers: list[int],
-    orders: list[int],
-    past: int,
-    pad_id: int,
-    eos_id: int,
-) -> Tensor:
-    """As `hash_ngrams_reference`."""
-    return _hash(ids, documents, moduli, offsets, multipliers, orders, past, pad_id, eos_id, None)[0]
+def hash_ngrams_triton(*arguments: Any) -> Tensor:
+    """As `hash_ngrams_reference`, with its arguments."""
+    return _hash(*arguments)[0]
 
 
-def hash_gather_triton(
-    ids: Tensor,
-    documents: Tensor | None,
-    moduli: Tensor,
-    offsets: Tensor,
-    multipliers: list[int],
-    orders: list[int],
-    past: int,
-    pad_id: int,
-    eos_id: int,
-    table: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """As `hash_gather_reference`."""
-    return _hash(ids, documents, moduli, offsets, multipliers, orders, past, pad_id, eos_id, table)
+def hash_gather_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As `hash_gather_reference`: the arguments of `hash_ngrams`, then the table."""
+    return _hash(*arguments)
