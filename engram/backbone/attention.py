@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engram.backbone.norm import RMSNorm
 from engram.backbone.rope import rotations
 from engram.config import GQAConfig, MLAConfig
-from engram.kernels import attention, norm_rotate
+from engram.kernels import attention, has_attention, norm_rotate
 
 
 class Positions(NamedTuple):
@@ -36,18 +36,13 @@ def positions_of(token_ids: Tensor, document_ids: Tensor | None, config: GQAConf
     cos, sin = rotations(T, dim, config.rope_theta, device)
     if document_ids is None:
         return Positions(cos, sin, None, None)
-    if _has_kernel(token_ids.device, T):
+    if has_attention(device.type):
         changes = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
         starts = torch.where(changes, torch.arange(T, device=device), 0).cummax(1).values
         return Positions(cos, sin, starts, None)
     same = document_ids[:, :, None] == document_ids[:, None, :]
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     return Positions(cos, sin, None, (same & causal).unsqueeze(1))
-
-
-def _has_kernel(device: torch.device, T: int) -> bool:
-    """Whether attention goes through our kernel, which holds the scores of a head, T^2 of them."""
-    return device.type == "cpu" and T <= 8192
 
 
 class GroupedQueryAttention(nn.Module):
@@ -65,12 +60,12 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """`[B, T, d]` -> `[B, T, d]`."""
         q, k, v = (
-            rearrange(part, "B T (h c) -> B h T c", c=self.config.head_dim)
+            rearrange(part, "B T (h c) -> B T h c", c=self.config.head_dim)
             for part in self.qkv(x).split(self.split, dim=-1)
         )
         q, k = _turn(q, positions, self.q_norm), _turn(k, positions, self.k_norm)
         y = _attend(q, k, v, positions)
-        return self.out(rearrange(y, "B h T c -> B T (h c)"))
+        return self.out(y.flatten(2))
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -93,36 +88,35 @@ class MultiHeadLatentAttention(nn.Module):
         """`[B, T, d]` -> `[B, T, d]`."""
         c = self.config
         q = self.q_up(self.q_norm(self.q_down(x)) if c.q_lora_rank else x)
-        q = rearrange(q, "B T (h c) -> B h T c", h=c.n_heads)
+        q = rearrange(q, "B T (h c) -> B T h c", h=c.n_heads)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         latent, k_rope = self.kv_down(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        kv = rearrange(self.kv_up(self.kv_norm(latent)), "B T (h c) -> B h T c", h=c.n_heads)
+        kv = rearrange(self.kv_up(self.kv_norm(latent)), "B T (h c) -> B T h c", h=c.n_heads)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        k_rope = _turn(k_rope.unsqueeze(1), positions).to(x.dtype).expand(-1, c.n_heads, -1, -1)
-        q = torch.cat([q_nope, _turn(q_rope, positions).to(q_nope.dtype)], dim=-1)
+        k_rope = _turn(k_rope.unsqueeze(2), positions).expand(-1, -1, c.n_heads, -1)
+        q = torch.cat([q_nope, _turn(q_rope, positions)], dim=-1)
         k = torch.cat([k_nope, k_rope], dim=-1)
         y = _attend(q, k, v, positions)
-        return self.out(rearrange(y, "B h T c -> B T (h c)"))
+        return self.out(y.flatten(2))
 
 
 def _turn(heads: Tensor, positions: Positions, norm: RMSNorm | None = None) -> Tensor:
-    """Heads `[B, h, T, c]`, normed if there is a norm, turned by their positions' angles; float32 or wider."""
+    """Heads `[B, T, h, c]`, normed if there is a norm, turned by their positions' angles."""
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     return norm_rotate(heads, weight, positions.cos, positions.sin, eps)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
-    """Softmax attention of heads `[B, h, T, c]`, in the type of `v`; values may be narrower than queries and keys."""
+    """Softmax attention of heads `[B, T, h, c]`; values may be narrower than queries and keys."""
     with torch.autocast(v.device.type, enabled=False):
-        if _has_kernel(v.device, v.shape[2]):
+        if has_attention(v.device.type):
             return attention(q, k, v, positions.starts)
         # Heads of unequal width have no memory-saving kernel; zeros beside the values change nothing.
         padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
-        mask, grouped = positions.mask, k.shape[1] < q.shape[1]
-        y = F.scaled_dot_product_attention(
-            q.to(v.dtype), k.to(v.dtype), padded, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-        )
-        return y[..., : v.shape[-1]]
+        mask, grouped = positions.mask, k.shape[2] < q.shape[2]
+        q, k, padded = (x.to(v.dtype).transpose(1, 2) for x in (q, k, padded))
+        y = F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, enable_gqa=grouped)
+        return y[..., : v.shape[-1]].transpose(1, 2)
 
 
 Attention = GroupedQueryAttention | MultiHeadLatentAttention

@@ -4,7 +4,7 @@ Each is one `torch.library` operator (`torch.ops.engram.*`), so that `torch.comp
 with a plain-torch reference that runs anywhere and, where a compiler is at hand, a C++ kernel for the CPU.
 """
 
-from engram.kernels.causal_attention import attention
+from engram.kernels.causal_attention import attention, has_attention
 from engram.kernels.fusion import Fused, fuse_memory
 from engram.kernels.hashing import hash_ngrams
 from engram.kernels.layout import lay_out_rows
@@ -12,6 +12,7 @@ from engram.kernels.loading import load_kernels
 from engram.kernels.loss import cross_entropy_
 from engram.kernels.native import load_native
 from engram.kernels.norm import norm_rotate, rms_norm
+from engram.kernels.orthogonalize import orthogonalize
 from engram.kernels.routing import Routed, route, router_logits, scores_of
 from engram.kernels.rows import combine_rows, gather_rows, row_adam_
 from engram.kernels.swiglu import swiglu
@@ -24,11 +25,13 @@ __all__ = [
     "cross_entropy_",
     "fuse_memory",
     "gather_rows",
+    "has_attention",
     "hash_ngrams",
     "lay_out_rows",
     "load_kernels",
     "load_native",
     "norm_rotate",
+    "orthogonalize",
     "rms_norm",
     "route",
     "router_logits",

@@ -55,14 +55,15 @@ def norm_rotate_reference(
     if weight is not None:
         scale = _inverse_rms(wide, eps)
         wide, inverse = wide * scale * widen(weight), scale.flatten()
-    return _rotate(wide, cos, sin).contiguous(), inverse
+    turned = _rotate(wide, cos.unsqueeze(1), sin.unsqueeze(1))
+    return turned.to(x.dtype).contiguous(), inverse
 
 
 def norm_rotate_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight (empty without one)."""
-    back = _rotate(widen(grad), cos, -sin)
+    back = _rotate(widen(grad), cos.unsqueeze(1), -sin.unsqueeze(1))
     if weight is None:
         return back.to(x.dtype).contiguous(), back.new_empty(0)
     scale = inverse.view(*x.shape[:-1], 1)
@@ -98,7 +99,7 @@ _rotate_op = define(
     "norm_rotate(Tensor x, Tensor? weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
     norm_rotate_reference,
     lambda x, weight, cos, sin, eps: (
-        _wide_empty(x, *x.shape),
+        _new(x),
         _wide_empty(x, 0 if weight is None else x.numel() // x.shape[-1]),
     ),
 )
@@ -128,8 +129,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def norm_rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """RMSNorm of heads `[B, h, T, c]` (skipped if `weight` is None), turned by their positions' angles `[T, c / 2]`.
+    """RMSNorm of heads `[B, T, h, c]` (skipped if `weight` is None), turned by their positions' angles `[T, c / 2]`.
 
-    Dimension i turns with i + c/2. The result is float32 (float64 for float64). Gradients go to `x` and `weight`.
+    Dimension i turns with i + c/2. In the type of `x`. Gradients go to `x` and `weight`.
     """
     return _rotate_op(x, weight, cos, sin, eps)[0]

@@ -17,6 +17,7 @@ from typing import Any
 
 import jsonargparse
 import lightning
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,7 +26,7 @@ from engram.config import ConfigError, require
 from engram.training.atomic import atomic_file
 from engram.training.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint
 from engram.training.data import TokenData
-from engram.training.environment import prepare_process
+from engram.training.environment import freeze_objects, prepare_process
 from engram.training.logs import Bar, CSVMetrics
 from engram.training.module import LitEngramLM, NonFiniteLossError
 from engram.training.recorder import EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_STOPPED, RunRecorder
@@ -96,7 +97,8 @@ class TrainCLI(LightningCLI):
         folder = given.default_root_dir
         recorder = RunRecorder(self._setting("seed_everything"), self._setting("save_weights"))
         self.checkpoints = LastCheckpoint(f"{folder}/checkpoints", self._setting("checkpoint_every"))
-        callbacks = [recorder, self.checkpoints]
+        frozen = LambdaCallback(on_train_start=lambda *_: freeze_objects())
+        callbacks = [recorder, self.checkpoints, frozen]
         loggers = [CSVMetrics(folder), TensorBoardLogger(folder, name="", version="tb")]
         if given.enable_progress_bar is not False:
             callbacks.append(Bar(refresh_rate=5))

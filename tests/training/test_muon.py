@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from engram.config import ConfigError
+from engram.kernels import orthogonalize
 from engram.training.optim import BatchedMuon
-from engram.training.optim.muon import orthogonalize
 
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
 

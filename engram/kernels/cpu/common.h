@@ -37,20 +37,23 @@ template <typename T> const T* data_or_null(const std::optional<at::Tensor>& x) 
 }
 
 // Cephes' expf without branches, within 2 units in the last place: std::exp keeps a loop from being vectorised.
-inline float exponential(float x) {
-  x = std::min(std::max(x, -87.0f), 88.0f);
+// F: float, or a vector of them; I: int32_t, or as many of them.
+template <typename F, typename I> inline F exponential_by_polynomial(F x) {
+  x = x > 88.0f ? F{} + 88.0f : x;  // NaN goes through both
+  x = x < -87.0f ? F{} - 87.0f : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const float n = (x * 1.44269504f + magic) - magic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  const F shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+  // The last bits of the shifted number are n's.
+  return p * std::bit_cast<F>(static_cast<I>((std::bit_cast<I>(shifted) + 127) << 23));
 }
+inline float exponential(float x) { return exponential_by_polynomial<float, int32_t>(x); }
 inline double exponential(double x) { return std::exp(x); }
 
 template <typename T> inline T sigmoid(T x) { return T(1) / (T(1) + exponential(-x)); }

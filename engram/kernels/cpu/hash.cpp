@@ -1,12 +1,14 @@
 // Canonical ids -> table rows: multiply, XOR and reduce modulo each head's prime (reference in kernels/hash.py).
-#include "common.h"
+#include "vectors.h"
 
 #include <ATen/ops/empty.h>
 
 namespace engram {
 namespace {
 
-// Remainders by multiplication with inverses, all heads of an order side by side so that they share vector registers.
+typedef uint64_t UnsignedLongs __attribute__((vector_size(64)));
+
+// Remainders by multiplication with inverses, eight heads of an order side by side in a vector.
 //
 // floor(x * (1 / p)) in double is off by at most 3 * 2^-53 x / p, which is below 1/2 for x < 2^63 and p >= 2^13; so the
 // remainder is right but for one p more or less. Smaller moduli take 64-bit fixed point: floor(x * floor(2^64 / p) / 2^64)
@@ -26,26 +28,59 @@ struct Moduli {
       large = large && modulus >= (int64_t(1) << 13);
     }
   }
-  void reduce(int64_t x, int64_t begin, int64_t end, int64_t* out) const {
-    if (!large) {
-      for (int64_t h = begin; h < end; ++h) {
-        const int64_t r = x - static_cast<int64_t>((__uint128_t(x) * fixed[h]) >> 64) * p[h];
-        out[h] = (r >= p[h] ? r - p[h] : r) + offset[h];
+  // out[t * stride + h] for every mix x[t] and the heads from `begin` to `end`.
+  void reduce(const int64_t* x, int64_t n, int64_t begin, int64_t end, int64_t* out, int64_t stride) const {
+    if (large)
+      for (; begin + kHeads <= end; begin += kHeads) reduce_together(x, n, begin, out, stride);
+    for (; begin < end; ++begin)
+      for (int64_t t = 0; t < n; ++t) {
+        const int64_t r = x[t] - static_cast<int64_t>((__uint128_t(x[t]) * fixed[begin]) >> 64) * p[begin];
+        out[t * stride + begin] = (r >= p[begin] ? r - p[begin] : r) + offset[begin];
       }
-      return;
-    }
-    // Eight at a time, which is one register of AVX-512: a loop over any number spends more on its ends than inside.
-    for (; begin + 8 <= end; begin += 8) reduce_some<8>(x, begin, out);
-    for (; begin < end; ++begin) reduce_some<1>(x, begin, out);
   }
-  template <int64_t Count> void reduce_some(int64_t x, int64_t begin, int64_t* out) const {
-    const double wide = static_cast<double>(x), *scale = inverse.data() + begin;
-    const int64_t *modulus = p.data() + begin, *shift = offset.data() + begin;
-    int64_t* to = out + begin;
-#pragma omp simd
-    for (int64_t h = 0; h < Count; ++h) {
-      const int64_t r = x - static_cast<int64_t>(wide * scale[h]) * modulus[h];
-      to[h] = r + (r < 0 ? modulus[h] : 0) - (r >= modulus[h] ? modulus[h] : 0) + shift[h];
+
+ private:
+  static constexpr int64_t kHeads = kLanes<double>;
+  void reduce_together(const int64_t* x, int64_t n, int64_t begin, int64_t* out, int64_t stride) const {
+    const Doubles scale = load(inverse.data() + begin);
+    Longs modulus, shift;
+    std::memcpy(&modulus, p.data() + begin, sizeof modulus);
+    std::memcpy(&shift, offset.data() + begin, sizeof shift);
+    const UnsignedLongs step = (UnsignedLongs)modulus;
+    for (int64_t t = 0; t < n; ++t) {
+      const Longs quotient = __builtin_convertvector(static_cast<double>(x[t]) * scale, Longs);
+      UnsignedLongs r = (UnsignedLongs)(x[t] - quotient * modulus);  // below zero is above all
+      r = r + step < r ? r + step : r;
+      r = r - step < r ? r - step : r;
+      const Longs row = (Longs)r + shift;
+      std::memcpy(out + t * stride + begin, &row, sizeof row);
+    }
+  }
+};
+
+constexpr int64_t kTokens = 256;  // mixed at a time, so that mixes stay in cache
+
+// Mixes of the N-grams of every order for `n` tokens: mix[o * kTokens + t]. `id` and `kind` (or null) hold their
+// canonical and document ids and, before them, those of the context; what lies before the row is `pad`.
+struct Mixer {
+  at::IntArrayRef multipliers, orders;
+  int64_t pad, eos;
+  void operator()(const int64_t* id, const int64_t* kind, int64_t n, int64_t* mix) const {
+    uint64_t now[kTokens] = {};
+    int64_t same[kTokens];
+    std::fill(same, same + n, -1);
+    int64_t back = 0;
+    for (size_t o = 0; o < orders.size(); ++o) {
+      for (; back < orders[o]; ++back) {
+        const uint64_t factor = multipliers[back];
+        const int64_t* then = id - back;
+        if (kind)
+          for (int64_t t = 0; t < n; ++t) same[t] &= -int64_t(kind[t - back] == kind[t]);
+        if (eos >= 0 && back > 0)
+          for (int64_t t = 0; t < n; ++t) same[t] &= -int64_t(then[t] != eos);
+        for (int64_t t = 0; t < n; ++t) now[t] ^= static_cast<uint64_t>(same[t] ? then[t] : pad) * factor;
+      }
+      std::memcpy(mix + o * kTokens, now, n * sizeof(int64_t));
     }
   }
 };
@@ -54,35 +89,29 @@ at::Tensor hash_ngrams(const at::Tensor& ids, const std::optional<at::Tensor>& d
                        const at::Tensor& moduli, const at::Tensor& offsets, at::IntArrayRef multipliers,
                        at::IntArrayRef orders, int64_t past, int64_t pad_id, int64_t eos_id) {
   const int64_t B = ids.size(0), S = ids.size(1), T = S - past, H = moduli.numel();
-  const int64_t heads = H / static_cast<int64_t>(orders.size());
+  const int64_t n_orders = orders.size(), heads = H / n_orders, context = orders.back() - 1;
   const auto ids_c = ids.contiguous();
   const auto documents_c = documents ? std::optional(documents->contiguous()) : std::nullopt;
   const int64_t* id = ids_c.const_data_ptr<int64_t>();
   const int64_t* document = data_or_null<int64_t>(documents_c);
   const Moduli modulus(moduli, offsets);
+  const Mixer mixer{multipliers, orders, pad_id, eos_id};
   auto rows = at::empty({B, T, H}, ids.options());
   int64_t* out = rows.mutable_data_ptr<int64_t>();
 
-  const int64_t n_orders = orders.size();
-  at::parallel_for(0, B * T, grain(8 * H), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, B * T, grain(2 * H), [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> near(2 * (context + kTokens)), mix(n_orders * kTokens);
+    int64_t *near_id = near.data() + context, *near_kind = near_id + kTokens + context;
     for (int64_t n = begin; n < end;) {
-      const int64_t b = n / T, stop = std::min(end, (b + 1) * T);
-      const int64_t* row = id + b * S;
-      const int64_t* kind = document ? document + b * S : nullptr;
-      for (int64_t now = past + n - b * T; n < stop; ++n, ++now) {
-        uint64_t mix = 0;
-        bool same = true;
-        int64_t back = 0;
-        for (int64_t o = 0; o < n_orders; ++o) {
-          for (; back < orders[o]; ++back) {
-            const int64_t at = now - back;
-            same = same && at >= 0 && (!kind || kind[at] == kind[now]);
-            same = same && (back == 0 || eos_id < 0 || row[at] != eos_id);
-            mix ^= static_cast<uint64_t>(same ? row[at] : pad_id) * static_cast<uint64_t>(multipliers[back]);
-          }
-          modulus.reduce(static_cast<int64_t>(mix), o * heads, (o + 1) * heads, out + n * H);
-        }
-      }
+      const int64_t b = n / T, now = past + n - b * T, count = std::min({kTokens, end - n, (b + 1) * T - n});
+      const int64_t before = std::min(context, now);
+      std::fill(near_id - context, near_id - before, pad_id);
+      std::copy(id + b * S + now - before, id + b * S + now + count, near_id - before);
+      if (document) std::copy(document + b * S + now - before, document + b * S + now + count, near_kind - before);
+      mixer(near_id, document ? near_kind : nullptr, count, mix.data());
+      for (int64_t o = 0; o < n_orders; ++o)
+        modulus.reduce(mix.data() + o * kTokens, count, o * heads, (o + 1) * heads, out + n * H, H);
+      n += count;
     }
   });
   return rows;

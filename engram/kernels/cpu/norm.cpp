@@ -1,5 +1,5 @@
 // RMSNorm, and RMSNorm followed by a rotation of positions, over the last axis (references in kernels/norm.py).
-#include "common.h"
+#include "vectors.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -80,17 +80,18 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad_, co
   return {grad_x, grad_weight.to(weight_.scalar_type())};
 }
 
-// Heads [B, h, T, c] anywhere in memory, as long as the c values of a head lie side by side.
+// Heads [B, T, h, c] anywhere in memory, as long as the c values of a head lie side by side.
 struct Heads {
-  int64_t B, h, T, c, sB, sh, sT;
+  int64_t B, T, h, c, sB, sT, sh;
   explicit Heads(const at::Tensor& x)
-      : B(x.size(0)), h(x.size(1)), T(x.size(2)), c(x.size(3)), sB(x.stride(0)), sh(x.stride(1)), sT(x.stride(2)) {}
-  int64_t count() const { return B * h * T; }
-  // Calls visit(number, position, where it starts) for heads `begin` to `end`, with one division for each T of them.
+      : B(x.size(0)), T(x.size(1)), h(x.size(2)), c(x.size(3)), sB(x.stride(0)), sT(x.stride(1)), sh(x.stride(2)) {}
+  int64_t tokens() const { return B * T; }
+  int64_t count() const { return B * T * h; }
+  // Calls visit(number, position, where it starts) for the heads of tokens `begin` to `end`.
   template <typename Visit> void each(int64_t begin, int64_t end, const Visit& visit) const {
-    for (int64_t i = begin; i < end;) {
-      const int64_t row = i / T, from = row / h * sB + row % h * sh, stop = std::min(end, (row + 1) * T);
-      for (int64_t t = i - row * T; i < stop; ++i, ++t) visit(i, t, from + t * sT);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = i % T, from = i / T * sB + t * sT;
+      for (int64_t n = 0; n < h; ++n) visit(i * h + n, t, from + n * sh);
     }
   }
 };
@@ -100,63 +101,72 @@ inline at::Tensor with_heads_together(const at::Tensor& x) { return x.stride(3) 
 // Without a norm `inverse` is null, and the weights are ones.
 template <typename T>
 void rotate(const T* x, const Heads& s, const wide_t<T>* weight, const wide_t<T>* cosine, const wide_t<T>* sine,
-            double eps, wide_t<T>* y, wide_t<T>* inverse) {
+            double eps, T* y, wide_t<T>* inverse) {
   using W = wide_t<T>;
+  using V = vector_t<T>;
   const int64_t c = s.c, half = c / 2;
-  at::parallel_for(0, s.count(), grain(4 * c), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.tokens(), grain(4 * c * s.h), [&](int64_t begin, int64_t end) {
     s.each(begin, end, [&](int64_t i, int64_t position, int64_t start) {
       const T* in = x + start;
       const W *cos = cosine + position * half, *sin = sine + position * half;
       W scale = 1;
       if (inverse) {
-        W square = 0;
-#pragma omp simd reduction(+ : square)
-        for (int64_t d = 0; d < c; ++d) square += widened(in[d]) * widened(in[d]);
-        scale = inverse[i] = 1 / std::sqrt(square / c + W(eps));
+        V square{};
+        for (int64_t d = 0; d < c; d += kLanes<T>) {
+          const V value = load(in + d, c - d);
+          square += value * value;
+        }
+        scale = inverse[i] = 1 / std::sqrt(sum_of(square) / c + W(eps));
       }
-      W* out = y + i * c;
-#pragma omp simd
-      for (int64_t d = 0; d < half; ++d) {
-        const W a = widened(in[d]) * scale * weight[d], b = widened(in[d + half]) * scale * weight[d + half];
-        out[d] = a * cos[d] - b * sin[d];
-        out[d + half] = b * cos[d] + a * sin[d];
+      T* out = y + i * c;
+      for (int64_t d = 0; d < half; d += kLanes<T>) {
+        const int64_t n = half - d;
+        const V a = load(in + d, n) * scale * load(weight + d, n);
+        const V b = load(in + half + d, n) * scale * load(weight + half + d, n);
+        const V turn = load(cos + d, n), lift = load(sin + d, n);
+        store<T>(a * turn - b * lift, out + d, n);
+        store<T>(b * turn + a * lift, out + half + d, n);
       }
     });
   });
 }
 
+// Without a norm `weight` is null.
 template <typename T>
-void rotate_backward(const wide_t<T>* grad, const T* x, const Heads& s, const wide_t<T>* weight, const wide_t<T>* cosine,
+void rotate_backward(const T* grad, const T* x, const Heads& s, const wide_t<T>* weight, const wide_t<T>* cosine,
                      const wide_t<T>* sine, const wide_t<T>* inverse, T* grad_x, PerThread<wide_t<T>>& grad_weight) {
   using W = wide_t<T>;
+  using V = vector_t<T>;
   const int64_t c = s.c, half = c / 2;
-  at::parallel_for(0, s.count(), grain(6 * c), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.tokens(), grain(6 * c * s.h), [&](int64_t begin, int64_t end) {
     std::vector<W> back(c);
-    W* sums = grad_weight.mine();
+    W *sums = grad_weight.mine(), *turned = back.data();
     s.each(begin, end, [&](int64_t i, int64_t position, int64_t start) {
-      const T* in = x + start;
-      const W *cos = cosine + position * half, *sin = sine + position * half, *g = grad + i * c;
-      W* turned = back.data();
-#pragma omp simd
-      for (int64_t d = 0; d < half; ++d) {
-        turned[d] = g[d] * cos[d] + g[d + half] * sin[d];
-        turned[d + half] = g[d + half] * cos[d] - g[d] * sin[d];
-      }
+      const T *in = x + start, *g = grad + i * c;
+      const W *cos = cosine + position * half, *sin = sine + position * half;
       T* out = grad_x + i * c;
+      for (int64_t d = 0; d < half; d += kLanes<T>) {
+        const int64_t n = half - d;
+        const V a = load(g + d, n), b = load(g + half + d, n), turn = load(cos + d, n), lift = load(sin + d, n);
+        store<W>(a * turn + b * lift, turned + d, n);
+        store<W>(b * turn - a * lift, turned + half + d, n);
+      }
       if (!weight) {
-        for (int64_t d = 0; d < c; ++d) out[d] = narrowed<T>(turned[d]);
+        for (int64_t d = 0; d < c; d += kLanes<T>) store<T>(load(turned + d, c - d), out + d, c - d);
         return;
       }
       const W scale = inverse[i];
-      W along = 0;
-#pragma omp simd reduction(+ : along)
-      for (int64_t d = 0; d < c; ++d) along += turned[d] * weight[d] * widened(in[d]);
-      along *= scale * scale / c;
-#pragma omp simd
-      for (int64_t d = 0; d < c; ++d) {
-        const W value = widened(in[d]);
-        out[d] = narrowed<T>(scale * (turned[d] * weight[d] - along * value));
-        sums[d] += turned[d] * value * scale;
+      V product{};
+      for (int64_t d = 0; d < c; d += kLanes<T>) {
+        const int64_t n = c - d;
+        product += load(turned + d, n) * load(weight + d, n) * load(in + d, n);
+      }
+      const W along = sum_of(product) * scale * scale / c;
+      for (int64_t d = 0; d < c; d += kLanes<T>) {
+        const int64_t n = c - d;
+        const V value = load(in + d, n), one = load(turned + d, n);
+        store<T>(scale * (one * load(weight + d, n) - along * value), out + d, n);
+        store<W>(load(sums + d, n) + one * value * scale, sums + d, n);
       }
     });
   });
@@ -169,12 +179,12 @@ std::tuple<at::Tensor, at::Tensor> norm_rotate(const at::Tensor& x_, const Maybe
   const auto options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const auto cosine = cosine_.to(options.dtype()).contiguous(), sine = sine_.to(options.dtype()).contiguous();
   const auto weight = weight_ ? Maybe(weight_->to(options.dtype()).contiguous()) : Maybe();
-  auto y = at::empty({s.B, s.h, s.T, s.c}, options), inverse = at::empty({weight ? s.count() : 0}, options);
+  auto y = at::empty(x.sizes(), x.options()), inverse = at::empty({weight ? s.count() : 0}, options);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_rotate", [&] {
     using W = wide_t<scalar_t>;
     const std::vector<W> ones(weight ? 0 : s.c, W(1));
     rotate<scalar_t>(x.const_data_ptr<scalar_t>(), s, weight ? weight->const_data_ptr<W>() : ones.data(),
-                     cosine.const_data_ptr<W>(), sine.const_data_ptr<W>(), eps, y.mutable_data_ptr<W>(),
+                     cosine.const_data_ptr<W>(), sine.const_data_ptr<W>(), eps, y.mutable_data_ptr<scalar_t>(),
                      weight ? inverse.mutable_data_ptr<W>() : nullptr);
   });
   return {y, inverse};
@@ -188,11 +198,11 @@ std::tuple<at::Tensor, at::Tensor> norm_rotate_backward(const at::Tensor& grad_,
   const auto options = inverse.options();
   const auto cosine = cosine_.to(options.dtype()).contiguous(), sine = sine_.to(options.dtype()).contiguous();
   const auto weight = weight_ ? Maybe(weight_->to(options.dtype()).contiguous()) : Maybe();
-  auto grad_x = at::empty({s.B, s.h, s.T, s.c}, x.options()), grad_weight = at::empty({weight ? s.c : 0}, options);
+  auto grad_x = at::empty(x.sizes(), x.options()), grad_weight = at::empty({weight ? s.c : 0}, options);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_rotate_backward", [&] {
     using W = wide_t<scalar_t>;
     PerThread<W> sums(s.c);
-    rotate_backward<scalar_t>(grad.const_data_ptr<W>(), x.const_data_ptr<scalar_t>(), s, data_or_null<W>(weight),
+    rotate_backward<scalar_t>(grad.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), s, data_or_null<W>(weight),
                               cosine.const_data_ptr<W>(), sine.const_data_ptr<W>(), inverse.const_data_ptr<W>(),
                               grad_x.mutable_data_ptr<scalar_t>(), sums);
     if (!weight) return;

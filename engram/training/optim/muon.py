@@ -13,25 +13,9 @@ import torch
 from torch import Tensor
 
 from engram.config import require
+from engram.kernels import load_kernels, orthogonalize
 
-_COEFFICIENTS = (3.4445, -4.775, 2.0315)
-_STEPS = 5
-_EPS = 1e-7
 _TOGETHER = 2**22  # numbers in a batch of matrices, which is a copy: beyond that nothing is won by batching
-
-
-@torch.no_grad()
-def orthogonalize(updates: Tensor) -> Tensor:
-    """Quintic Newton-Schulz iteration on each matrix of `[E, a, b]`, in bfloat16: singular values go to about 1."""
-    a, b, c = _COEFFICIENTS
-    x = updates.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(_EPS)
-    for _ in range(_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 class BatchedMuon(torch.optim.Optimizer):
@@ -51,6 +35,7 @@ class BatchedMuon(torch.optim.Optimizer):
         require(lr >= 0, "lr", lr, "0 or more")
         require(0 <= momentum < 1, "momentum", momentum, "0 to below 1")
         require(weight_decay >= 0, "weight_decay", weight_decay, "0 or more")
+        load_kernels()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
