@@ -1,7 +1,8 @@
 """The product of groups of tokens with their experts: lay tokens out by expert, multiply, put them back.
 
-A token has K known places in the layout, so moves are gathers both ways, forward and backward, and nothing is scattered
-or dropped. Which product is used, and how far groups are padded, was settled by timing: see `_product_for`.
+On the CPU one kernel does it all. Elsewhere a token has K known places in the layout, so moves are gathers both ways,
+forward and backward, and nothing is scattered or dropped; which product is used, and how far groups are padded, was
+settled by timing: see `_product_for`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engram.kernels import lay_out_rows, swiglu
+from engram.kernels import grouped_swiglu as by_kernel
+from engram.kernels import has_grouped_swiglu, lay_out_rows, swiglu
 
 
 class Layout(NamedTuple):
@@ -88,27 +90,24 @@ def blockwise_product(x_PD: Tensor, weight_EDF: Tensor, layout: Layout) -> Tenso
 
 # Experts up to this many weights in w_gate_up multiply faster in bfloat16 as one batched product than group by group.
 _SMALL_EXPERT = 2**15
-_LARGE_EXPERT = 2**19
 
 
 def _product_for(x_ND: Tensor, w_gate_up: Tensor, mean_load: int) -> tuple[Product, int]:
-    """The faster product for these sizes, and the multiple of rows that it wants groups padded to.
+    """The faster product for these sizes where the kernel is not to be used, and the multiple of rows that it wants
+    groups padded to.
 
-    On the CPU `grouped_mm` is a loop. In float32 any number of rows is as good as another; in bfloat16 oneDNN builds a
-    new primitive for each new number, and groups that were not padded took up to 10x as long. Small experts then still
-    spend most of their time between products: one batched product took 0.3 to 0.7 of it, and more than all of it from
-    d * 2F = 36,000 up.
+    On the CPU `grouped_mm` is a loop, and in bfloat16 oneDNN builds a new primitive for each new number of rows: groups
+    that were not padded took up to 10x as long. Small experts then still spend most of their time between products:
+    one batched product took 0.3 to 0.7 of it, and more than all of it from d * 2F = 36,000 up.
     """
     _, D, two_F = w_gate_up.shape
     on_cpu, compiling = x_ND.device.type == "cpu", torch.compiler.is_compiling()
     fits_16_bytes = all(n * x_ND.element_size() % 16 == 0 for n in (D, two_F // 2))  # grouped_mm's rule for strides
-    if fits_16_bytes and not on_cpu and x_ND.dtype == torch.bfloat16:
-        return grouped_product, 8
-    if fits_16_bytes and on_cpu and x_ND.dtype == torch.bfloat16 and D * two_F > _SMALL_EXPERT:
-        few = 4 if D * two_F > _LARGE_EXPERT else 16  # rows that pad a large expert's few cost more than a primitive
-        return grouped_product, 64 if compiling else few if mean_load < 128 else 32
-    if fits_16_bytes and on_cpu and x_ND.dtype == torch.float32 and not compiling:  # torch.compile refuses it
-        return grouped_product, 1
+    if fits_16_bytes and x_ND.dtype == torch.bfloat16:
+        if not on_cpu:
+            return grouped_product, 8
+        if D * two_F > _SMALL_EXPERT:
+            return grouped_product, 64 if compiling else 16 if mean_load < 128 else 32
     if compiling:  # whose graphs must not depend on how many tokens there are
         return blockwise_product, 64
     half_load = max(mean_load // 2, 1)
@@ -121,11 +120,15 @@ def grouped_swiglu(
     """sum_k weight_k * down_e(silu(gate_e x) * (up_e x)) over each token's K experts e, `[N, D]`.
 
     Args:
-        x_ND: tokens, in the type to multiply in.
+        x_ND: tokens, in the type to multiply in; weights may be wider.
         experts_NK, weights_NK: chosen experts and their weights.
         load_E: how often each expert was chosen.
         w_gate_up: `[E, D, 2F]`, gate first. w_down: `[E, F, D]`.
     """
+    if has_grouped_swiglu(x_ND.device.type, x_ND.dtype):
+        layout = lay_out(experts_NK, load_E, 1)
+        return by_kernel(x_ND, weights_NK, layout.place_NK, layout.copy_P, layout.ends_E, w_gate_up, w_down)
+    w_gate_up, w_down = w_gate_up.to(x_ND.dtype), w_down.to(x_ND.dtype)
     product, multiple = _product_for(x_ND, w_gate_up, experts_NK.numel() // len(load_E))
     layout = lay_out(experts_NK, load_E, multiple)
     token_P = layout.token_P

@@ -45,8 +45,8 @@ class MoE(nn.Module):
             experts.flatten(0, 1),
             weights.flatten(0, 1),
             stats.load_E,
-            self.w_gate_up.to(dtype),
-            self.w_down.to(dtype),
+            self.w_gate_up,
+            self.w_down,
         ).view(x.shape)
         return routed if self.shared is None else routed + self.shared(low), stats
 

@@ -6,6 +6,7 @@ with a plain-torch reference that runs anywhere and, where a compiler is at hand
 
 from engram.kernels.causal_attention import attention, has_attention
 from engram.kernels.fusion import Fused, fuse_memory
+from engram.kernels.grouped_swiglu import grouped_swiglu, has_grouped_swiglu
 from engram.kernels.hashing import hash_ngrams
 from engram.kernels.layout import lay_out_rows
 from engram.kernels.loading import load_kernels
@@ -25,7 +26,9 @@ __all__ = [
     "cross_entropy_",
     "fuse_memory",
     "gather_rows",
+    "grouped_swiglu",
     "has_attention",
+    "has_grouped_swiglu",
     "hash_ngrams",
     "lay_out_rows",
     "load_kernels",

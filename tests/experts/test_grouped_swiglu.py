@@ -1,4 +1,5 @@
-"""The grouped product against a loop over experts in float64, gradients included, for every product it can choose."""
+"""The grouped product against a loop over experts in float64, gradients included: by the kernel, and by every product
+that stands in for it."""
 
 import pytest
 import torch
@@ -7,18 +8,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engram.experts.grouped import blockwise_product, grouped_product, grouped_swiglu, lay_out
+from engram.kernels import has_grouped_swiglu
+from engram.kernels.grouped_swiglu import grouped_swiglu_backward_reference, grouped_swiglu_reference
 
-# Type, d, F, relative error allowed, the product these sizes are to choose.
+# Type, d, F, relative error allowed, the product these sizes are to choose without the kernel.
 CASES = [
     pytest.param(torch.float64, 16, 8, 1e-12, blockwise_product, id="float64"),
-    pytest.param(torch.float32, 16, 8, 2e-6, grouped_product, id="float32"),
-    pytest.param(torch.float32, 10, 7, 2e-6, blockwise_product, id="float32-widths-grouped_mm-refuses"),
+    pytest.param(torch.float32, 16, 8, 2e-6, blockwise_product, id="float32"),
+    pytest.param(torch.float32, 10, 7, 2e-6, blockwise_product, id="float32-odd-widths"),
     pytest.param(torch.bfloat16, 32, 16, 1.5e-2, blockwise_product, id="bfloat16-small-experts"),
     pytest.param(torch.bfloat16, 256, 72, 1.5e-2, grouped_product, id="bfloat16-large-experts"),
     pytest.param(torch.bfloat16, 18, 7, 1.5e-2, blockwise_product, id="bfloat16-widths-grouped_mm-refuses"),
 ]
 
 Inputs = dict[str, Tensor]
+
+
+@pytest.fixture(params=[True, False], ids=["kernel", "products"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the kernel is used."""
+    if not request.param:
+        without_kernel(monkeypatch)
+    return bool(request.param) and has_grouped_swiglu("cpu", torch.float32)
+
+
+def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engram.experts.grouped.has_grouped_swiglu", lambda device, dtype: False)
 
 
 def loop_over_experts(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
@@ -69,7 +84,9 @@ def assert_equals_loop(inputs: Inputs, experts: Tensor, dtype: torch.dtype, erro
 
 
 @pytest.mark.parametrize(("dtype", "D", "width", "error", "product"), CASES)
-def test_outputs_and_all_gradients_equal_a_loop_over_experts(dtype, D, width, error, product, monkeypatch) -> None:
+def test_outputs_and_all_gradients_equal_a_loop_over_experts(
+    dtype, D, width, error, product, kernel, monkeypatch
+) -> None:
     used = []
     for name in ("grouped_product", "blockwise_product"):
         original = globals()[name]
@@ -78,11 +95,11 @@ def test_outputs_and_all_gradients_equal_a_loop_over_experts(dtype, D, width, er
         )
     inputs, experts = random_inputs(dtype, N=211, E=7, D=D, width=width, K=3)
     assert_equals_loop(inputs, experts, dtype, error)
-    assert used == [product, product]
+    assert used == [] if kernel and has_grouped_swiglu("cpu", dtype) else [product, product]
 
 
 @pytest.mark.parametrize(("dtype", "D", "width", "error", "product"), CASES)
-def test_all_tokens_on_the_same_experts_lose_nothing(dtype, D, width, error, product) -> None:
+def test_all_tokens_on_the_same_experts_lose_nothing(dtype, D, width, error, product, kernel) -> None:
     inputs, _ = random_inputs(dtype, N=300, E=9, D=D, width=width, K=2)
     experts = torch.tensor([8, 3]).expand(300, 2)
     assert_equals_loop(inputs, experts, dtype, error)
@@ -94,12 +111,66 @@ def test_all_tokens_on_the_same_experts_lose_nothing(dtype, D, width, error, pro
 
 
 @settings(max_examples=40, deadline=None)
-@given(N=st.integers(1, 40), E=st.integers(1, 9), K=st.integers(1, 4), seed=st.integers(0, 2**20))
-def test_any_numbers_of_tokens_and_experts_equal_the_loop(N: int, E: int, K: int, seed: int) -> None:
+@given(
+    N=st.integers(1, 40),
+    E=st.integers(1, 9),
+    K=st.integers(1, 4),
+    D=st.integers(1, 40),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 2**20),
+)
+def test_any_numbers_equal_the_loop(N: int, E: int, K: int, D: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     for dtype, error in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
-        inputs, experts = random_inputs(dtype, N, E, D=8, width=4, K=min(K, E))
+        inputs, experts = random_inputs(dtype, N, E, D, width, K=min(K, E))
         assert_equals_loop(inputs, experts, dtype, error)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            without_kernel(monkeypatch)
+            assert_equals_loop(inputs, experts, dtype, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("D", "width", "tokens"), [(130, 70, 700), (65, 33, 40), (3, 1, 5)])
+def test_the_kernel_is_its_reference_over_panels_and_blocks_of_rows(dtype, D, width, tokens) -> None:
+    inputs, experts = random_inputs(dtype, N=tokens, E=3, D=D, width=width, K=2)
+    place, copy, ends, _ = lay_out(experts, torch.bincount(experts.flatten(), minlength=3), 1)
+    x, weights, w_gate_up, w_down = (value.to(dtype) for value in inputs.values())
+    arguments = (x, weights, place, copy, ends, w_gate_up, w_down)
+    error = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    out, gate_up = torch.ops.engram.grouped_swiglu(*arguments)
+    grad = torch.randn(x.shape).to(dtype)
+    ours = (out, gate_up, *torch.ops.engram.grouped_swiglu_backward(grad, *arguments, gate_up))
+    theirs = (
+        *grouped_swiglu_reference(*arguments),
+        *grouped_swiglu_backward_reference(grad, *arguments, gate_up),
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        assert (one.double() - other.double()).norm() <= error * other.double().norm()
+
+
+def test_matrices_may_be_wider_than_tokens_and_so_are_their_gradients() -> None:
+    inputs, experts = random_inputs(torch.bfloat16, N=90, E=4, D=24, width=12, K=2)
+    load = torch.bincount(experts.flatten(), minlength=4)
+    leaves = [value.to(torch.float32).requires_grad_() for value in inputs.values()]
+    x, weights, w_gate_up, w_down = leaves
+    y = grouped_swiglu(x.bfloat16(), experts, weights, load, w_gate_up, w_down)
+    grad = torch.randn(y.shape).bfloat16()
+    exact = [value.requires_grad_() for value in inputs.values()]
+    expected = loop_over_experts(exact[0], experts, *exact[1:])
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    assert (y.double() - expected).norm() <= 1e-2 * expected.norm()
+    for ours, right in zip(torch.autograd.grad(y, leaves, grad), wanted, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - right).norm() <= 1e-2 * right.norm()
+
+
+def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
+    inputs, experts = random_inputs(torch.float32, N=9, E=3, D=4, width=2, K=2)
+    place, copy, ends, _ = lay_out(experts, torch.bincount(experts.flatten(), minlength=3), 1)
+    x, weights, w_gate_up, w_down = (value.float().requires_grad_() for value in inputs.values())
+    arguments = (x, weights, place, copy, ends, w_gate_up, w_down)
+    torch.library.opcheck(torch.ops.engram.grouped_swiglu.default, arguments)
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,7 +200,7 @@ def test_a_layout_gives_every_copy_one_row_among_its_experts_rows(
     assert ends[-1] - N * K <= len(set(chosen)) * (multiple - 1)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_are_those_of_finite_differences(kernel) -> None:
     inputs, experts = random_inputs(torch.float64, N=5, E=3, D=4, width=2, K=2)
     load = torch.bincount(experts.flatten(), minlength=3)
     x, weights, w_gate_up, w_down = (value.requires_grad_() for value in inputs.values())
@@ -139,7 +210,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "D", "width", "error", "product"), CASES)
-def test_a_compiled_graph_has_room_for_any_routing(dtype, D, width, error, product) -> None:
+def test_a_compiled_graph_has_room_for_any_routing(dtype, D, width, error, product, kernel) -> None:
     """Shapes must not depend on the routing: one graph, traced on one routing, serves the worst one."""
     torch._dynamo.reset()
     compiled = torch.compile(grouped_swiglu, fullgraph=True, dynamic=False, backend="aot_eager")

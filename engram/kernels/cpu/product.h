@@ -181,4 +181,41 @@ void pack_columns(const T* x, int64_t stride, int64_t R, int64_t C, typename Fac
   for (int64_t p = 0; p < units<T>(C); ++p) std::fill(b + p * ldb + R, b + (p + 1) * ldb, Unit(0));
 }
 
+// A packed B in panels of some lanes, each summed over all of its rows before the next: product() reads them one by one.
+constexpr int64_t kPanel = 64, kSummed = 128;  // lanes, and units summed at a time: 32 KiB of B
+
+template <typename T> int64_t packed_size(int64_t summed, int64_t lanes) { return units<T>(summed) * padded_lanes<T>(lanes); }
+
+// Rows x [R, C] summed over rows, a lane for each column.
+template <typename T> void pack_row_panels(const T* x, int64_t stride, int64_t R, int64_t C, typename Factor<T>::Unit* b) {
+  for (int64_t c = 0; c < C; c += kPanel) {
+    const int64_t n = std::min(kPanel, C - c);
+    pack_rows(x + c, stride, R, n, b + c * units<T>(R), padded_lanes<T>(n));
+  }
+}
+
+// Rows x [R, C] summed over columns, a lane for each row.
+template <typename T> void pack_column_panels(const T* x, int64_t stride, int64_t R, int64_t C, typename Factor<T>::Unit* b) {
+  for (int64_t r = 0; r < R; r += kPanel) {
+    const int64_t n = std::min(kPanel, R - r);
+    pack_columns(x + r * stride, stride, n, C, b + r * units<T>(C), padded_lanes<T>(n));
+  }
+}
+
+// C [M, lanes] = A [M, P] times the panel of B that starts at lane n of N.
+template <typename T>
+void product_with_panel(Left<T> a, const typename Factor<T>::Unit* b, int64_t n, int64_t N, int64_t M, int64_t P, wide_t<T>* c,
+                        int64_t ldc) {
+  const int64_t lanes = padded_lanes<T>(std::min(kPanel, N - n));
+  const auto* panel = b + n * P;
+  for (int64_t p = 0; p < P; p += kSummed)
+    product<T>({a.data + p * a.step, a.row, a.step}, panel + p * lanes, lanes, M, lanes, std::min(kSummed, P - p), c, ldc, p > 0);
+}
+
+// C [M, N] = A [M, P] B, of panels.
+template <typename T>
+void product_with_panels(Left<T> a, const typename Factor<T>::Unit* b, int64_t M, int64_t N, int64_t P, wide_t<T>* c, int64_t ldc) {
+  for (int64_t n = 0; n < N; n += kPanel) product_with_panel(a, b, n, N, M, P, c + n, ldc);
+}
+
 }  // namespace engram
