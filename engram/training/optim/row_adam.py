@@ -77,13 +77,14 @@ class RowAdam(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        super().load_state_dict(state_dict)
-        # The base class turns every tensor into the table's type, which may be narrower, and step numbers are whole.
-        for state, saved in zip(self.state.values(), state_dict["state"].values(), strict=True):
-            for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    state[name] = value.to(state[name].device, copy=True)
+        """Restore what `state_dict` gave, copied tensor by tensor."""
+        # The base class would make all of the table's type, which may be narrower, and step numbers are whole.
+        super().load_state_dict({**state_dict, "state": {}})
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        tables = [table for group in self.param_groups for table in group["params"]]
+        for number, table in zip(numbers, tables, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[table][name] = value.to(table.device, copy=True) if isinstance(value, Tensor) else value
 
     def _update(self, table: Tensor, group: dict[str, Any], seed: int) -> None:
         grad = table.grad
