@@ -3,7 +3,7 @@
 Peers are each kernel's reference in plain torch, the same under `torch.compile`, and `tile-kernels` where it imports
 (it has the hash and the gate without convolution). Every call starts with a cold L2 cache, its launches queued behind a
 pause of the device, so that the host's time does not count; sides alternate, and the median counts. Bytes that a design
-moves beyond the least (a second pass) lower its rate: `moved` says how many times the least they are.
+moves beyond the least (a second pass, a halo) lower its rate: `moved` says how many times the least they are.
 `python benchmarks/gpu_kernels.py`
 """
 
@@ -107,7 +107,9 @@ def hash_cases(D: int, N: int) -> Iterator[Case]:
 
 
 def fusion_cases(D: int, N: int) -> Iterator[Case]:
-    from engram.kernels.triton.fusion import fuse_memory_backward_triton, fuse_memory_triton
+    from engram.kernels.triton.fusion_backward import fuse_memory_backward_triton
+    from engram.kernels.triton.fusion_forward import fuse_memory_triton
+    from engram.kernels.triton.launch import Walk
 
     M, row = BRANCHES, 2 * D * N
     shape = (N // SEQUENCE, SEQUENCE)
@@ -116,14 +118,15 @@ def fusion_cases(D: int, N: int) -> Iterator[Case]:
     query, key, norm = (1 + 0.1 * torch.randn(M, D, **BF16) for _ in range(3))
     weight = torch.randn(TAPS, M, D, **BF16)
     settings = [EPS, True, DILATION, True]
+    halo = (TAPS - 1) * DILATION / Walk.of(N, M, D, hidden.element_size(), hidden.device).segment
     for name, convolution, forward, backward in (
-        ("gate", [None, None], 3 * M + 1, 6 * M + 3),
-        ("gate + conv", [norm, weight], 4 * M + 2, 8 * M + 3),
+        ("gate", [None, None], 3 * M + 1, 5 * M + 2),
+        ("gate + conv", [norm, weight], 3 * M + 1 + (2 * M + 1) * halo, 6 * M + 5),
     ):
         inputs = [hidden, kv, query, key, *convolution, None, None, None]
         tiles = tile_gate(hidden, kv, query, key, grad) if name == "gate" else ("-", "-")
         made = sides(fuse_memory_triton, fusion.fuse_memory_reference, [*inputs, *settings])
-        yield Case(f"{name}, forward", D, N, (3 * M + 1) * row, forward * row, **made, tile=tiles[0])
+        yield Case(f"{name}, forward", D, N, (3 * M + 1) * row, int(forward * row), **made, tile=tiles[0])
         _, alpha, stats = fuse_memory_triton(*inputs, *settings)
         arguments = [grad, None, *inputs, alpha, stats, *settings]
         made = sides(fuse_memory_backward_triton, fusion.fuse_memory_backward_reference, arguments)
@@ -172,16 +175,11 @@ def row_cases(D: int, N: int) -> Iterator[Case]:
     made = sides(combine_rows_triton, rows.combine_rows_reference, [drawn, grads])
     yield Case("combine rows", D, N, least, least + 16 * 8 * looked_up, **made, tile="-")
     table = torch.randn(TABLE_ROWS, W, **BF16)
-    last_step = torch.zeros(TABLE_ROWS, dtype=torch.int32, device="cuda")
-    for name, first, second, bytes_ in (
-        ("row Adam", torch.zeros(TABLE_ROWS, W, device="cuda"), torch.zeros(TABLE_ROWS, W, device="cuda"), 16 * W + 16),
-        ("row Adam, one moment a row", None, torch.zeros(TABLE_ROWS, device="cuda"), 24),
-    ):
-        options = [10, 1e-3, 0.9 if first is not None else 0.0, 0.95, 1e-8, 0]
-        least = len(unique) * (6 * W + bytes_)
-        made = sides(
-            row_adam_triton_, rows.row_adam_reference_, [table, first, second, last_step, unique, sums, *options]
-        )
+    for name, beta1, kept in (("row Adam", 0.9, 2 * W + 1), ("row Adam, one moment a row", 0.0, 2)):
+        row_state = torch.zeros(TABLE_ROWS, kept, device="cuda")
+        least = len(unique) * (6 * W + 8 * kept + 8)  # weights and gradients, what is kept, and the row's number
+        options = [10, 1e-3, beta1, 0.95, 1e-8, 0]
+        made = sides(row_adam_triton_, rows.row_adam_reference_, [table, row_state, unique, sums, *options])
         yield Case(name, D, N, least, least, **made, tile="-", checked=False)
 
 

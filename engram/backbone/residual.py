@@ -10,13 +10,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from engram.backbone.norm import RMSNorm
+from engram.kernels import read_branches, sinkhorn, write_branches
 from engram.tensors import widen
-
-_SINKHORN_STEPS = 20
 
 
 class Mixing(NamedTuple):
@@ -41,8 +39,8 @@ class PlainResidual(nn.Module):
 class HyperConnection(nn.Module):
     """M branches `[B, T, M, d]`. At the start it is a plain residual on M equal branches.
 
-    H_pre = sigmoid(.), H_post = 2 sigmoid(.), H_res = Sinkhorn-Knopp(exp(.)), each of a static bias plus a small
-    learned factor (0.01 at the start) times a linear map of the RMS-normalised, flattened branches.
+    H_pre = sigmoid(.), H_post = 2 sigmoid(.), H_res = Sinkhorn-Knopp(exp(.)) in 20 steps, each of a static bias plus a
+    small learned factor (0.01 at the start) times a linear map of the RMS-normalised, flattened branches.
     """
 
     def __init__(self, branches: int, d_model: int, norm_eps: float) -> None:
@@ -67,51 +65,12 @@ class HyperConnection(nn.Module):
             factor = torch.cat([f.expand(n) for f, n in zip(self.factor, sizes, strict=True)])
             maps = self.static + factor * self.dynamic(self.norm(wide.flatten(-2)))
             pre, post, res = maps.split(sizes, dim=-1)
-            x = (torch.sigmoid(pre).unsqueeze(-1) * wide).sum(-2)
-            return x.to(hidden.dtype), Mixing(2 * torch.sigmoid(post), sinkhorn(res.unflatten(-1, (M, M))))
+            mixing = Mixing(2 * torch.sigmoid(post), sinkhorn(res.unflatten(-1, (M, M))))
+            return read_branches(hidden, torch.sigmoid(pre)), mixing
 
     def write(self, hidden: Tensor, update: Tensor, mixing: Any) -> Tensor:
         """H_res hidden + H_post update, `[B, T, M, d]`, in the type of `hidden`."""
-        with torch.autocast(hidden.device.type, enabled=False):  # which would round the stream itself
-            mixed = mixing.res @ widen(hidden)
-            return torch.addcmul(mixed, mixing.post.unsqueeze(-1), widen(update).unsqueeze(-2)).to(hidden.dtype)
-
-
-def sinkhorn(logits: Tensor) -> Tensor:
-    """exp(logits) `[..., M, M]` made doubly stochastic by 20 Sinkhorn-Knopp steps, each columns first, then rows."""
-    first = rearrange(logits, "... m n -> m n ...").contiguous()
-    # Contiguous, since batches of products want whole matrices.
-    return rearrange(_Sinkhorn.apply(first), "m n ... -> ... m n").contiguous()
-
-
-class _Sinkhorn(torch.autograd.Function):
-    """Matrices along the first two axes, so that each sum runs over all tokens at once.
-
-    Only the result and the sums that were divided by are kept; backward goes through the steps in reverse.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_MM: Tensor) -> Tensor:
-        p = logits_MM.softmax(0)  # exp and the first division of the columns, without overflow
-        sums = []
-        for axis in _axes_after_the_first():
-            sums.append(p.sum(axis, keepdim=True))
-            p = p / sums[-1]
-        ctx.save_for_backward(p, *sums)
-        return p
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        p, *sums = ctx.saved_tensors
-        grad = grad.contiguous()
-        for axis, total in zip(reversed(_axes_after_the_first()), reversed(sums), strict=True):
-            grad = (grad - (grad * p).sum(axis, keepdim=True)) / total
-            p = p * total
-        return p * (grad - (grad * p).sum(0, keepdim=True))
-
-
-def _axes_after_the_first() -> list[int]:
-    return ([0, 1] * _SINKHORN_STEPS)[1:]
+        return write_branches(hidden, update, mixing.post, mixing.res)
 
 
 def build_residual(branches: int, d_model: int, norm_eps: float) -> PlainResidual | HyperConnection:

@@ -16,6 +16,7 @@ from engram.kernels.norm import norm_rotate, rms_norm
 from engram.kernels.orthogonalize import orthogonalize
 from engram.kernels.routing import Routed, route, router_logits, scores_of
 from engram.kernels.rows import combine_rows, gather_rows, row_adam_
+from engram.kernels.sinkhorn import read_branches, sinkhorn, write_branches
 from engram.kernels.swiglu import swiglu
 
 __all__ = [
@@ -35,10 +36,13 @@ __all__ = [
     "load_native",
     "norm_rotate",
     "orthogonalize",
+    "read_branches",
     "rms_norm",
     "route",
     "router_logits",
     "row_adam_",
     "scores_of",
+    "sinkhorn",
     "swiglu",
+    "write_branches",
 ]

@@ -74,9 +74,7 @@ def round_at_random(x: Tensor, random: Tensor) -> Tensor:
 
 def row_adam_reference_(
     table: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
+    row_state: Tensor,
     rows: Tensor,
     grads: Tensor,
     step: int,
@@ -88,20 +86,15 @@ def row_adam_reference_(
 ) -> None:
     """`row_adam_` in plain torch."""
     g = widen(grads)
-    missed = (step - last_step[rows]).to(g.dtype).unsqueeze(1)
-    last_step[rows] = step
-    first = g
-    if exp_avg is not None:
-        first = exp_avg[rows] * beta1**missed + (1 - beta1) * g
-        exp_avg[rows] = first
-    if exp_avg_sq.ndim == 1:
-        second = exp_avg_sq[rows].unsqueeze(1) * beta2**missed + (1 - beta2) * g.square().mean(1, keepdim=True)
-        exp_avg_sq[rows] = second.squeeze(1)
-    else:
-        second = exp_avg_sq[rows] * beta2**missed + (1 - beta2) * g.square()
-        exp_avg_sq[rows] = second
+    firsts = table.shape[1] if beta1 else 0
+    first, second, last = row_state[rows].tensor_split([firsts, row_state.shape[1] - 1], dim=1)
+    missed = step - last
+    first = first * beta1**missed + (1 - beta1) * g if beta1 else first
+    square = g.square() if second.shape[1] == g.shape[1] else g.square().mean(1, keepdim=True)
+    second = second * beta2**missed + (1 - beta2) * square
+    row_state[rows] = torch.cat([first, second, torch.full_like(last, step)], dim=1)
     root = (second / (1 - beta2**step)).sqrt() + eps
-    moved = widen(table[rows]) - lr / (1 - beta1**step) * first / root
+    moved = widen(table[rows]) - lr / (1 - beta1**step) * (first if beta1 else g) / root
     if table.dtype == torch.bfloat16:
         key = _scramble(rows.new_tensor(seed & _MASK) ^ _scramble(rows.new_tensor(step)))
         by_row = _scramble((rows & _MASK) ^ key) ^ (rows >> 32)
@@ -112,8 +105,8 @@ def row_adam_reference_(
 
 
 _row_adam_ = define(
-    "row_adam_(Tensor(a!) table, Tensor(b!)? exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last_step, Tensor rows, "
-    "Tensor grads, int step, float lr, float beta1, float beta2, float eps, int seed) -> ()",
+    "row_adam_(Tensor(a!) table, Tensor(b!) row_state, Tensor rows, Tensor grads, int step, float lr, float beta1, "
+    "float beta2, float eps, int seed) -> ()",
     row_adam_reference_,
     lambda *args: None,
 )
@@ -121,9 +114,7 @@ _row_adam_ = define(
 
 def row_adam_(
     table: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
+    row_state: Tensor,
     rows: Tensor,
     grads: Tensor,
     *,
@@ -140,10 +131,9 @@ def row_adam_(
     bfloat16 table is rounded at random, by bits that depend on seed, step, row and column alone.
 
     Args:
-        exp_avg: first moments `[R, W]`; None, with `beta1` 0, for none.
-        exp_avg_sq: second moments, `[R, W]`, or `[R]`: of a row's mean squared gradient.
-        last_step: the step at which a row was last moved, int32 `[R]`.
+        row_state: what is kept of a row side by side, `[R, S]`: W first moments (none if `beta1` is 0); W second
+            moments, or one, of the row's mean squared gradient; the step at which it was last moved.
         rows, grads: the rows to move, each once, `[u]`, and their gradients `[u, W]`.
         step: this step's number, from 1.
     """
-    _row_adam_(table, exp_avg, exp_avg_sq, last_step, rows, grads, step, lr, beta1, beta2, eps, seed)
+    _row_adam_(table, row_state, rows, grads, step, lr, beta1, beta2, eps, seed)

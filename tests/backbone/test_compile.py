@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from engram.config import ModelConfig
 V = 61
 
 
-def model() -> EngramLM:
+def model(branches: int = 1) -> EngramLM:
     torch.manual_seed(0)
     config = ModelConfig.from_dict(
         {
@@ -20,6 +21,7 @@ def model() -> EngramLM:
             "n_layers": 2,
             "dense_width": 32,
             "max_seq_len": 64,
+            "branches": branches,
             "attention": {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1, "head_dim": 8},
             "experts": {"n_experts": 5, "top_k": 2, "width": 8, "shared_width": 8},
             "memory": {"layers": [1], "orders": [2, 3], "n_heads": 2, "row_width": 4, "rows": [50, 50]},
@@ -37,8 +39,9 @@ def gradients(m: EngramLM) -> dict[str, Tensor]:
     return found
 
 
-def test_one_compiled_graph_serves_every_length_and_routing() -> None:
-    m = model()
+@pytest.mark.parametrize("branches", [1, 4])
+def test_one_compiled_graph_serves_every_length_and_routing(branches: int) -> None:
+    m = model(branches)
 
     def loss_of(ids: Tensor, documents: Tensor, targets: Tensor) -> Tensor:
         return mean_loss(m.run(ids, documents).hidden, m.head_weight, targets)

@@ -9,7 +9,7 @@
 namespace engram {
 namespace {
 
-constexpr int64_t kAhead = 12;  // rows to prefetch ahead: they lie far apart in memory
+constexpr int64_t kAhead = 24;  // rows to prefetch ahead: they lie far apart in memory
 
 at::Tensor gather_rows(const at::Tensor& table_, const at::Tensor& rows_) {
   const auto table = table_.contiguous(), rows = rows_.contiguous();
@@ -108,43 +108,44 @@ struct Adam {
 };
 
 template <typename T>
-void move_rows(const Adam& a, const int64_t* row, int64_t u, const T* gradients, int64_t W, bool by_row, T* weights,
-               wide_t<T>* firsts, wide_t<T>* seconds, int32_t* last) {
+void move_rows(const Adam& a, const int64_t* row, int64_t u, const T* gradients, int64_t W, T* weights, wide_t<T>* states,
+               int64_t S) {
   using wide = wide_t<T>;
   const Powers power1(a.beta1), power2(a.beta2);
   const wide rate = a.lr / (1 - std::pow(a.beta1, a.step)), unbias = 1 / (1 - std::pow(a.beta2, a.step));
+  const int64_t firsts = a.beta1 ? W : 0;
+  const bool by_row = S - 1 - firsts != W;
   const wide eps = a.eps, new1 = 1 - a.beta1, new2 = 1 - a.beta2;
   at::parallel_for(0, u, grain(4 * W), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end) {
         const int64_t r = row[i + kAhead];
         __builtin_prefetch(weights + r * W, 1);
-        if (firsts) __builtin_prefetch(firsts + r * W, 1);
-        __builtin_prefetch(seconds + (by_row ? r : r * W), 1);
-        __builtin_prefetch(last + r, 1);
+        for (int64_t at = 0; at < S; at += 64 / sizeof(wide)) __builtin_prefetch(states + r * S + at, 1);
+        __builtin_prefetch(states + (r + 1) * S - 1, 1);
       }
-      const int64_t r = row[i], missed = a.step - last[r];
-      last[r] = static_cast<int32_t>(a.step);
+      const int64_t r = row[i];
+      wide *m = states + r * S, *v = m + firsts, *last = m + S - 1;
+      const int64_t missed = a.step - static_cast<int64_t>(*last);
+      *last = static_cast<wide>(a.step);
       const wide decay1 = power1(missed), decay2 = power2(missed);
       const T* g = gradients + i * W;
       T* w = weights + r * W;
-      wide* m = firsts ? firsts + r * W : nullptr;
-      wide* v = by_row ? nullptr : seconds + r * W;
       const uint32_t random = scramble(static_cast<uint32_t>(r) ^ a.key) ^ static_cast<uint32_t>(r >> 32);
       wide row_root = 0;
       if (by_row) {
         wide square = 0;
 #pragma omp simd reduction(+ : square)
         for (int64_t k = 0; k < W; ++k) square += widened(g[k]) * widened(g[k]);
-        seconds[r] = decay2 * seconds[r] + new2 * (square / W);
-        row_root = std::sqrt(seconds[r] * unbias) + eps;
+        *v = decay2 * *v + new2 * (square / W);
+        row_root = std::sqrt(*v * unbias) + eps;
       }
 #pragma omp simd
       for (int64_t k = 0; k < W; ++k) {
         const wide gradient = widened(g[k]);
         wide first = gradient, root = row_root;
-        if (m) first = m[k] = decay1 * m[k] + new1 * gradient;
-        if (v) {
+        if (firsts) first = m[k] = decay1 * m[k] + new1 * gradient;
+        if (!by_row) {
           v[k] = decay2 * v[k] + new2 * gradient * gradient;
           root = std::sqrt(v[k] * unbias) + eps;
         }
@@ -155,17 +156,15 @@ void move_rows(const Adam& a, const int64_t* row, int64_t u, const T* gradients,
   });
 }
 
-void row_adam(at::Tensor table, std::optional<at::Tensor> exp_avg, at::Tensor exp_avg_sq, at::Tensor last_step,
-              const at::Tensor& rows, const at::Tensor& grads, int64_t step, double lr, double beta1, double beta2,
-              double eps, int64_t seed) {
+void row_adam(at::Tensor table, at::Tensor row_state, const at::Tensor& rows, const at::Tensor& grads, int64_t step,
+              double lr, double beta1, double beta2, double eps, int64_t seed) {
   const auto rows_c = rows.contiguous(), grads_c = grads.contiguous();
   const Adam a{step, lr, beta1, beta2, eps, scramble(static_cast<uint32_t>(seed) ^ scramble(static_cast<uint32_t>(step)))};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, table.scalar_type(), "row_adam", [&] {
     using wide = wide_t<scalar_t>;
     move_rows<scalar_t>(a, rows_c.const_data_ptr<int64_t>(), rows_c.numel(), grads_c.const_data_ptr<scalar_t>(),
-                        table.size(1), exp_avg_sq.dim() == 1, table.mutable_data_ptr<scalar_t>(),
-                        exp_avg ? exp_avg->mutable_data_ptr<wide>() : nullptr, exp_avg_sq.mutable_data_ptr<wide>(),
-                        last_step.mutable_data_ptr<int32_t>());
+                        table.size(1), table.mutable_data_ptr<scalar_t>(), row_state.mutable_data_ptr<wide>(),
+                        row_state.size(1));
   });
 }
 

@@ -21,15 +21,22 @@ def register() -> bool:
     """Put the kernels under the CUDA key; False, and nothing done, without Triton. Only the first call does it."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from engram.kernels.triton import fusion, gather, hashing, rows, swiglu  # noqa: F401 -- gather defines an operator
+    from engram.kernels.triton import fusion_backward, fusion_forward, hashing, rows, sinkhorn, swiglu
+    from engram.kernels.triton import gather as gather  # defines an operator
 
     kernels: dict[str, Callable[..., Any]] = {
         "hash_ngrams": hashing.hash_ngrams_triton,
         "hash_gather": hashing.hash_gather_triton,
-        "fuse_memory": fusion.fuse_memory_triton,
-        "fuse_memory_backward": fusion.fuse_memory_backward_triton,
+        "fuse_memory": fusion_forward.fuse_memory_triton,
+        "fuse_memory_backward": fusion_backward.fuse_memory_backward_triton,
         "combine_rows": rows.combine_rows_triton,
         "row_adam_": rows.row_adam_triton_,
+        "sinkhorn": sinkhorn.sinkhorn_triton,
+        "sinkhorn_backward": sinkhorn.sinkhorn_backward_triton,
+        "read_branches": sinkhorn.read_branches_triton,
+        "read_branches_backward": sinkhorn.read_branches_backward_triton,
+        "write_branches": sinkhorn.write_branches_triton,
+        "write_branches_backward": sinkhorn.write_branches_backward_triton,
         "swiglu": swiglu.swiglu_triton,
         "swiglu_backward": swiglu.swiglu_backward_triton,
     }

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 WIDTH = 128  # channels: 4 for each of a warp's 32 threads
-_PROGRAMS_PER_PROCESSOR = 8
 _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 
 
@@ -34,49 +33,73 @@ def sigmoid(x):
         return 1.0 / (1.0 + tl.exp(-x))
 
 
-class Tile(NamedTuple):
-    """Blocks of tokens x branches (their number padded to a power of two) x channels, for 8 warps."""
+class Walk(NamedTuple):
+    """Programs of 16 warps, one for each processor, that walk over segments of tokens in steps of a few.
 
-    tokens: int
+    Gates are computed on blocks of step x branches (their number padded to a power of two) x gate_width channels,
+    results on step x width. Steps are as long as lets h and v of a step of all programs lie in the L2 cache together.
+    """
+
+    step: int
+    segment: int
+    programs: int
     branches: int
+    gate_width: int
     width: int
-    even: bool  # whether blocks of channels fill D exactly
 
     @classmethod
-    def of(cls, M: int, D: int) -> Tile:
-        width, branches = _width(D), triton.next_power_of_2(M)
-        return cls(min(max(8 * WIDTH // (width * branches), 1), 16), branches, width, D % width == 0)
+    def of(cls, N: int, M: int, D: int, element_size: int, device: torch.device) -> Walk:
+        processors, cache = machine(device)
+        segment, branches, fits = ceil_div(N, processors), triton.next_power_of_2(M), 8
+        while fits > 1 and fits * (M + 1) * D * element_size * processors > cache:
+            fits //= 2
+        step = min(fits, triton.next_power_of_2(segment))
+        segment = ceil_div(segment, step) * step
+        # For the 4 numbers of each thread; gates have 8, as what they are sums of would else be asked for too late.
+        gate_width, width = max(WIDTH, 16 * WIDTH // (step * branches)), 16 * WIDTH // step
+        return cls(step, segment, ceil_div(N, segment), branches, min(gate_width, _padded(D)), min(width, _padded(D)))
+
+
+class Row(NamedTuple):
+    """Programs that each take all channels of a token, in `parts` blocks, and one token of a run after another."""
+
+    width: int
+    parts: int
+    warps: int
+    run: int
+    programs: int
+
+    @classmethod
+    def of(cls, N: int, D: int, device: torch.device) -> Row:
+        warps = 8 if D <= 3072 else 16  # 2 programs to a processor while their registers allow it
+        width = min(warps * WIDTH, _padded(D))
+        run = ceil_div(N, machine(device).processors * 16 // warps)
+        return cls(width, ceil_div(D, width), warps, run, ceil_div(N, run))
 
 
 class Strip(NamedTuple):
-    """A program's run of tokens, 4 or more at a time, and `parts` blocks of channels; and how many of both there are.
+    """Programs of one warp, each for a block of channels and every `dilation`-th token of a run.
 
-    For 4 warps. Weights and sums over tokens stay in registers over a run. Runs are as long as lets some programs for
-    each processor of the device remain, and a power of two times `tokens`, since each length is compiled apart.
+    As many as a device holds when each of their threads takes all of 255 registers. Of what they keep there, `held`
+    numbers for each channel, three times over, are most: beyond 16 of them blocks are narrower.
     """
 
-    tokens: int
     width: int
-    parts: int
-    even: bool
-    run: int
     blocks: int
+    run: int
     runs: int
 
     @classmethod
-    def of(cls, N: int, D: int, device: torch.device, parts: int = 1, beside: int = 1) -> Strip:
-        """For N tokens of D channels, and `beside` such programs for the same tokens and channels."""
-        width = _width(D)
-        parts = min(parts, ceil_div(D, width))
-        blocks = ceil_div(D, width * parts)
-        tokens = min(4 * WIDTH // width, 16)
-        runs = max(_PROGRAMS_PER_PROCESSOR * _processors(device) // (blocks * beside), 1)
-        run = tokens << max((N // (runs * tokens)).bit_length() - 1, 0)
-        return cls(tokens, width, parts, D % (width * parts) == 0, run, blocks, ceil_div(N, run))
+    def of(cls, N: int, D: int, held: int, dilation: int, device: torch.device) -> Strip:
+        width = min(WIDTH if held <= 16 else WIDTH // 2 if held <= 32 else WIDTH // 4, _padded(D))
+        blocks = ceil_div(D, width)
+        runs = max(8 * machine(device).processors // (blocks * dilation), 1)
+        run = ceil_div(ceil_div(N, runs), dilation) * dilation
+        return cls(width, blocks, run, ceil_div(N, run))
 
 
-def _width(D: int) -> int:
-    return max(min(WIDTH, triton.next_power_of_2(D)), 16)
+def _padded(D: int) -> int:
+    return max(triton.next_power_of_2(D), 16)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -89,7 +112,22 @@ def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def at_most(registers: int) -> dict[str, int]:
+    """The option that limits the registers of a thread, which NVIDIA's devices alone have."""
+    return {"maxnreg": registers} if torch.version.hip is None else {}
+
+
+class Machine(NamedTuple):
+    """Processors of a device, and bytes of its L2 cache."""
+
+    processors: int
+    cache: int
+
+
 @functools.cache
-def _processors(device: torch.device) -> int:
-    # Without a device, Triton's interpreter runs programs one after another: few, but so that tests see several.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def machine(device: torch.device) -> Machine:
+    """What launches are cut to."""
+    if device.type != "cuda":  # the interpreter's, which runs programs one after another
+        return Machine(1, 50 * 2**20)
+    found = torch.cuda.get_device_properties(device)
+    return Machine(found.multi_processor_count, found.L2_cache_size)

@@ -115,16 +115,19 @@ def _decay(powers, missed, log2_beta, KNOWN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["U", "step", "key"])
 def _adam_kernel(
-    table, exp_avg, exp_avg_sq, last_step, rows, grads, powers1, powers2, U, step, rate, unbias, new1, new2, eps,
+    table, row_state, rows, grads, powers1, powers2, U, step, rate, unbias, new1, new2, eps,
     log2_beta1, log2_beta2, key,
-    W: tl.constexpr, BY_ROW: tl.constexpr, AT_RANDOM: tl.constexpr, KNOWN: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    W: tl.constexpr, S: tl.constexpr, FIRSTS: tl.constexpr, BY_ROW: tl.constexpr, AT_RANDOM: tl.constexpr,
+    KNOWN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = i < U
     row = tl.load(rows + i, mask=there, other=0)
-    missed = step - tl.load(last_step + row, mask=there, other=0)
-    tl.store(last_step + row, tl.zeros([ROWS], tl.int32) + step, mask=there)
+    firsts = row_state + row[:, None] * S
+    seconds = firsts + FIRSTS
+    last = row_state + row * S + (S - 1)
+    missed = step - tl.load(last, mask=there, other=0.0).to(tl.int32)
+    tl.store(last, (tl.zeros([ROWS], tl.int32) + step).to(tl.float32), mask=there)
     decay1 = _decay(powers1, missed, log2_beta1, KNOWN)[:, None]
     decay2 = _decay(powers2, missed, log2_beta2, KNOWN)[:, None]
     by_row = tl.zeros([ROWS, 1], tl.float32)
@@ -134,23 +137,23 @@ def _adam_kernel(
             w = w0 + tl.arange(0, WIDTH)
             g = tl.load(grads + i[:, None] * W + w[None, :], mask=there[:, None] & (w < W)[None, :], other=0.0)
             squares += g.to(tl.float32) * g.to(tl.float32)
-        second = tl.load(exp_avg_sq + row, mask=there, other=0.0)[:, None]
+        second = tl.load(seconds, mask=there[:, None], other=0.0)
         by_row = second * decay2 + new2 * tl.div_rn(tl.sum(squares, 1), W * 1.0)[:, None]
-        tl.store(exp_avg_sq + row[:, None], by_row, mask=there[:, None])
+        tl.store(seconds, by_row, mask=there[:, None])
     for w0 in tl.static_range(0, W, WIDTH):
         w = w0 + tl.arange(0, WIDTH)
         mask = there[:, None] & (w < W)[None, :]
         at = row[:, None] * W + w[None, :]
         g = tl.load(grads + i[:, None] * W + w[None, :], mask=mask, other=0.0).to(tl.float32)
         first = g
-        if exp_avg is not None:
-            first = tl.load(exp_avg + at, mask=mask, other=0.0) * decay1 + new1 * g
-            tl.store(exp_avg + at, first, mask=mask)
+        if FIRSTS > 0:
+            first = tl.load(firsts + w[None, :], mask=mask, other=0.0) * decay1 + new1 * g
+            tl.store(firsts + w[None, :], first, mask=mask)
         if BY_ROW:
             second = by_row
         else:
-            second = tl.load(exp_avg_sq + at, mask=mask, other=0.0) * decay2 + new2 * (g * g)
-            tl.store(exp_avg_sq + at, second, mask=mask)
+            second = tl.load(seconds + w[None, :], mask=mask, other=0.0) * decay2 + new2 * (g * g)
+            tl.store(seconds + w[None, :], second, mask=mask)
         root = tl.sqrt_rn(tl.div_rn(second, tl.zeros_like(second) + unbias)) + eps
         moved = tl.load(table + at, mask=mask, other=0.0).to(tl.float32)
         moved = moved - tl.div_rn(rate * first, tl.zeros_like(first) + root)
@@ -179,9 +182,7 @@ def _scrambled(x: int) -> int:
 
 def row_adam_triton_(
     table: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
+    row_state: Tensor,
     rows: Tensor,
     grads: Tensor,
     step: int,
@@ -192,22 +193,23 @@ def row_adam_triton_(
     seed: int,
 ) -> None:
     """As `row_adam_reference_`; float64 goes there."""
-    given = (table, exp_avg, exp_avg_sq, last_step)
-    if table.dtype == torch.float64 or not all(x is None or x.is_contiguous() for x in given):
-        return row_adam_reference_(*given, rows, grads, step, lr, beta1, beta2, eps, seed)
-    U, W = len(rows), table.shape[1]
+    if table.dtype == torch.float64 or not table.is_contiguous():
+        return row_adam_reference_(table, row_state, rows, grads, step, lr, beta1, beta2, eps, seed)
+    U, W, S = len(rows), table.shape[1], row_state.shape[1]
     if not U:
         return None
+    firsts = W if beta1 else 0
     width = min(triton.next_power_of_2(W), 256)
     count = max(512 // width, 1)
     mask = 0xFFFFFFFF
     # No fused multiply-adds: they would round otherwise than the reference, and this kernel waits for memory anyway.
     _adam_kernel[(ceil_div(U, count),)](
-        *given, rows.contiguous(), grads.contiguous(), _powers(beta1, table.device), _powers(beta2, table.device),
+        table, row_state, rows.contiguous(), grads.contiguous(),
+        _powers(beta1, table.device), _powers(beta2, table.device),
         U, step, lr / (1 - beta1**step), 1 - beta2**step, 1 - beta1, 1 - beta2, eps,
         math.log2(beta1) if beta1 else 0.0, math.log2(beta2) if beta2 else 0.0,
         _scrambled((seed & mask) ^ _scrambled(step & mask)),
-        W=W, BY_ROW=exp_avg_sq.ndim == 1, AT_RANDOM=table.dtype == torch.bfloat16, KNOWN=_POWERS,
+        W=W, S=S, FIRSTS=firsts, BY_ROW=S - 1 - firsts != W, AT_RANDOM=table.dtype == torch.bfloat16, KNOWN=_POWERS,
         ROWS=count, WIDTH=width, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return None

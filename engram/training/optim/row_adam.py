@@ -32,10 +32,11 @@ class RowAdam(torch.optim.Optimizer):
     moving it by its old momentum; the loss of a small run was the same within 0.01 nats (docs/method.md).
     (`torch.optim.SparseAdam` differs more: it does not decay what it does not see.)
 
-    State of a table of R rows: first moments `[R, width]` (none with `betas[0]` 0), second moments `[R, width]` or
-    `[R]`, and the step at which each row was last moved, int32 `[R]`. All moments are float32, or float64 for a float64
-    table. A bfloat16 table is rounded at random (stochastic rounding), so that updates too small for its 8 bits add up;
-    the random bits depend on `seed`, step and place alone.
+    State of a table of R rows: `row_state` `[R, S]`, what is kept of a row side by side, since each place in memory
+    costs time: first moments (`width` of them; none with `betas[0]` 0), second moments (`width`, or one), and the step
+    at which it was last moved (exact up to 2^24). All in float32, or float64 for a float64 table. A bfloat16 table is
+    rounded at random (stochastic rounding), so that updates too small for its 8 bits add up; the random bits depend on
+    `seed`, step and place alone.
 
     Args:
         params: tables, or groups of them.
@@ -77,13 +78,14 @@ class RowAdam(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        super().load_state_dict(state_dict)
-        # The base class turns every tensor into the table's type, which may be narrower, and step numbers are whole.
-        for state, saved in zip(self.state.values(), state_dict["state"].values(), strict=True):
-            for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    state[name] = value.to(state[name].device, copy=True)
+        """Restore what `state_dict` gave, copied tensor by tensor."""
+        # The base class would make all of the table's type, which may be narrower, and step numbers are whole.
+        super().load_state_dict({**state_dict, "state": {}})
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        tables = [table for group in self.param_groups for table in group["params"]]
+        for number, table in zip(numbers, tables, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[table][name] = value.to(table.device, copy=True) if isinstance(value, Tensor) else value
 
     def _update(self, table: Tensor, group: dict[str, Any], seed: int) -> None:
         grad = table.grad
@@ -93,19 +95,15 @@ class RowAdam(torch.optim.Optimizer):
         state = self.state[table]
         if not state:
             wide = torch.promote_types(table.dtype, torch.float32)
+            (R, W), by_row = table.shape, group["second_moment"] == "row"
             state["step"] = 0
-            if beta1:
-                state["exp_avg"] = torch.zeros_like(table, dtype=wide)
-            by_row = group["second_moment"] == "row"
-            state["exp_avg_sq"] = table.new_zeros(table.shape[:1] if by_row else table.shape, dtype=wide)
-            state["last_step"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
+            kept = (W if beta1 else 0) + (1 if by_row else W) + 1
+            state["row_state"] = table.new_zeros(R, kept, dtype=wide)
         state["step"] += 1
         grad = coalesced(grad)
         row_adam_(
             table,
-            state.get("exp_avg"),
-            state["exp_avg_sq"],
-            state["last_step"],
+            state["row_state"],
             grad.indices()[0],
             grad.values(),
             step=state["step"],

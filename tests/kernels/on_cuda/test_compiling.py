@@ -16,7 +16,15 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from engram.kernels.triton import fusion, hashing, register, rows, swiglu  # noqa: E402
+from engram.kernels.triton import (  # noqa: E402
+    fusion_backward,
+    fusion_forward,
+    hashing,
+    register,
+    rows,
+    sinkhorn,
+    swiglu,
+)
 
 TYPES = {
     torch.float32: "*fp32",
@@ -57,6 +65,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         (4, 2560, 4, True, 0, torch.bfloat16, torch.bfloat16),
         (3, 300, 3, True, 9, torch.float32, torch.bfloat16),
         (1, 24, 0, False, 0, torch.float32, torch.float32),
+        (2, 64, 1, False, 0, torch.float32, torch.float32),
     ],
 )
 def test_fusion(
@@ -75,9 +84,9 @@ def test_fusion(
         torch.rand(B, past, M) if past else None,
     ]
     settings = (1e-5, True, 3, True)
-    out, alpha, stats = fusion.fuse_memory_triton(*inputs, *settings)
-    fusion.fuse_memory_backward_triton(out, alpha, *inputs, alpha, stats, *settings)
-    assert len(compiled) == (6 if taps else 4)
+    out, alpha, stats = fusion_forward.fuse_memory_triton(*inputs, *settings)
+    fusion_backward.fuse_memory_backward_triton(out, alpha, *inputs, alpha, stats, *settings)
+    assert len(compiled) == (4 if taps else 2)
     assert all(kernel.asm["cubin"] for kernel in compiled)
 
 
@@ -95,10 +104,8 @@ def test_rows(dtype: torch.dtype, compiled: list[Any]) -> None:
     rows.combine_rows_triton(torch.zeros(300, dtype=torch.int64), grads)
     assert len(compiled) == 3
     table, numbers = torch.randn(9, 80).to(dtype), torch.arange(9)
-    last_step = torch.zeros(9, dtype=torch.int32)
-    for first, second in ((torch.zeros(9, 80), torch.zeros(9, 80)), (None, torch.zeros(9))):
-        options = (1, 0.1, 0.9 if first is not None else 0.0, 0.95, 1e-8, 3)
-        rows.row_adam_triton_(table, first, second, last_step, numbers, grads[:9], *options)
+    for beta1, kept in ((0.9, 161), (0.0, 2)):
+        rows.row_adam_triton_(table, torch.zeros(9, kept), numbers, grads[:9], 1, 0.1, beta1, 0.95, 1e-8, 3)
     assert len(compiled) == 5
 
 
@@ -107,6 +114,18 @@ def test_swiglu(dtype: torch.dtype, compiled: list[Any]) -> None:
     x, weights = torch.randn(5, 96).to(dtype), torch.rand(5)
     swiglu.swiglu_backward_triton(swiglu.swiglu_triton(x, weights), x, weights)
     assert len(compiled) == 2
+
+
+@pytest.mark.parametrize(("M", "stream"), [(4, torch.float32), (3, torch.bfloat16)])
+def test_hyper_connections(M: int, stream: torch.dtype, compiled: list[Any]) -> None:
+    logits, weights = torch.randn(5, M, M), torch.rand(5, M)
+    hidden, update = torch.randn(5, M, 300).to(stream), torch.randn(5, 300).bfloat16()
+    sinkhorn.sinkhorn_backward_triton(sinkhorn.sinkhorn_triton(logits, 20), logits, 20)
+    sinkhorn.read_branches_backward_triton(sinkhorn.read_branches_triton(hidden, weights), hidden, weights)
+    out = sinkhorn.write_branches_triton(hidden, update, weights, logits)
+    sinkhorn.write_branches_backward_triton(out, hidden, update, weights, logits)
+    assert len(compiled) == 6
+    assert all(kernel.asm["cubin"] for kernel in compiled)
 
 
 @pytest.mark.parametrize("name", ["hash_ngrams", "hash_gather", "fuse_memory", "row_adam_", "swiglu_backward"])

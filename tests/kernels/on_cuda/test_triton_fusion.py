@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from engram.kernels.fusion import fuse_memory_backward_reference, fuse_memory_reference
-from engram.kernels.triton.fusion import fuse_memory_backward_triton, fuse_memory_triton
+from engram.kernels.triton import launch
+from engram.kernels.triton.fusion_backward import fuse_memory_backward_triton
+from engram.kernels.triton.fusion_forward import fuse_memory_triton
+from engram.kernels.triton.launch import Machine, Walk
 
-SHAPE = {"B": 2, "T": 20, "M": 2, "D": 24, "taps": 4, "dilation": 3, "past": 0}
+SHAPE = {"B": 2, "T": 11, "M": 2, "D": 24, "taps": 4, "dilation": 3, "past": 0}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "documents and padding": {"packed": True},
@@ -27,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one tap": {"taps": 1, "packed": True},
     "many taps": {"taps": 7, "dilation": 1, "packed": True},
     "several blocks": {"M": 3, "D": 300, "T": 5, "packed": True, "residual": True},
-    "several runs": {"T": 25, "M": 3, "D": 130, "packed": True},
+    "several runs": {"T": 15, "M": 3, "D": 130, "packed": True},
 }
 TYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 
@@ -76,10 +79,15 @@ def close(ours: Tensor, theirs: Tensor, narrow: bool) -> None:
     torch.testing.assert_close(ours.float() / scale, theirs.float() / scale, **tolerance)
 
 
+def check_forward(arguments: list[Any], narrow: bool) -> tuple[Tensor, Tensor, Tensor]:
+    theirs = fuse_memory_reference(*arguments)
+    for our, their in zip(fuse_memory_triton(*arguments), theirs, strict=True):
+        close(our, their, narrow)
+    return theirs
+
+
 def check(arguments: list[Any], through_gates: bool, narrow: bool) -> None:
-    out, alpha, stats = fuse_memory_reference(*arguments)
-    for ours, theirs in zip(fuse_memory_triton(*arguments), (out, alpha, stats), strict=True):
-        close(ours, theirs, narrow)
+    out, alpha, stats = check_forward(arguments, narrow)
     grad_alpha = torch.randn_like(alpha) if through_gates else None
     backward = [torch.randn_like(out), grad_alpha, *arguments[:9], alpha, stats, *arguments[9:]]
     grads = zip(fuse_memory_backward_triton(*backward), fuse_memory_backward_reference(*backward), strict=True)
@@ -88,9 +96,75 @@ def check(arguments: list[Any], through_gates: bool, narrow: bool) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("through_gates", [False, True])
-def test_kernels_follow_their_references(case: str, through_gates: bool, device: torch.device) -> None:
-    check(inputs(device, **SHAPE | CASES[case]), through_gates, narrow=False)
+def test_kernels_follow_their_references(case: str, device: torch.device) -> None:
+    check(inputs(device, **SHAPE | CASES[case]), True, narrow=False)
+
+
+@pytest.mark.parametrize("taps", [0, 4])
+def test_gates_need_not_have_a_gradient_of_their_own(taps: int, device: torch.device) -> None:
+    check(inputs(device, **SHAPE | {"taps": taps, "packed": True}), False, narrow=False)
+
+
+# Processors and bytes of cache: segments of 16 tokens in steps of 8, and of 5 in steps of 1; neither divides 23 tokens.
+MACHINES = [Machine(4, 50 * 2**20), Machine(10, 0)]
+LAUNCHES: dict[str, dict[str, Any]] = {
+    "halos": {"packed": False},
+    "four branches": {"M": 4},
+    "halos longer than a segment": {"taps": 3, "dilation": 9},
+    "taps that reach beyond the sequence": {"B": 6, "T": 7, "dilation": 8},
+    "a past": {"past": 9, "residual": True},
+    "no convolution": {"taps": 0},
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_segments_do_not_show(
+    case: str, machine: Machine, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "machine", lambda device: machine)
+    arguments = inputs(device, **SHAPE | {"T": 23, "M": 1, "packed": True} | LAUNCHES[case])
+    check_forward(arguments, narrow=False)
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_runs_do_not_show(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward's runs, of 12 tokens each where the dilation is 3."""
+    monkeypatch.setattr(launch, "machine", lambda device: Machine(2, 50 * 2**20))
+    check(inputs(device, **SHAPE | {"T": 23, "M": 1, "packed": True} | LAUNCHES[case]), True, narrow=False)
+
+
+@pytest.mark.parametrize("M", [1, 4])
+def test_segments_and_runs_do_not_show_in_bfloat16(
+    M: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "machine", lambda device: Machine(2, 50 * 2**20))
+    types = {"hidden": torch.bfloat16, "kv": torch.bfloat16}
+    check(inputs(device, **SHAPE | {"T": 17, "M": M, "packed": True, "residual": True}, **types), False, narrow=True)
+
+
+@pytest.mark.parametrize("boundary", range(6, 17))
+def test_documents_may_change_within_a_halo(
+    boundary: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second segment begins at token 16, its halo at token 7."""
+    monkeypatch.setattr(launch, "machine", lambda device: MACHINES[0])
+    arguments = inputs(device, **SHAPE | {"T": 23, "M": 1})
+    arguments[6] = (torch.arange(23, device=device) >= boundary).long().expand(2, -1)
+    check_forward(arguments, narrow=False)
+
+
+@pytest.mark.parametrize(("N", "segment"), [(1, 1), (4096, 32), (8192, 64), (32768, 256)])
+@pytest.mark.parametrize("D", [2560, 4096])
+def test_a_step_of_all_programs_fits_the_cache(
+    N: int, segment: int, D: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h100 = Machine(132, 50 * 2**20)
+    monkeypatch.setattr(launch, "machine", lambda device: h100)
+    walk = Walk.of(N, 4, D, 2, device)
+    assert (walk.segment, walk.step) == (segment, min(segment, 8))
+    assert walk.programs <= h100.processors
+    assert walk.programs * walk.step * 5 * D * 2 <= h100.cache
 
 
 @pytest.mark.parametrize(("hidden", "kv"), TYPES)
