@@ -9,6 +9,7 @@ from engram.kernels.fusion import Fused, fuse_memory
 from engram.kernels.grouped_swiglu import grouped_swiglu, has_grouped_swiglu
 from engram.kernels.hashing import hash_ngrams
 from engram.kernels.layout import lay_out_rows
+from engram.kernels.linear import linear
 from engram.kernels.loading import load_kernels
 from engram.kernels.loss import cross_entropy_
 from engram.kernels.native import load_native
@@ -32,6 +33,7 @@ __all__ = [
     "has_grouped_swiglu",
     "hash_ngrams",
     "lay_out_rows",
+    "linear",
     "load_kernels",
     "load_native",
     "norm_rotate",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import MemoryConfig, require
-from engram.kernels import Fused
+from engram.kernels import Fused, linear
 from engram.memory.fusion import Fusion, FusionState
 from engram.memory.hashing import HashState
 from engram.memory.readers import READERS, documents_of
@@ -26,6 +26,14 @@ class EngramState(NamedTuple):
 
     ids: HashState
     fusion: FusionState
+
+
+class Projection(nn.Linear):
+    """`nn.Linear`, by a faster product where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., d_memory]` -> `[..., (M + 1) d]`."""
+        return linear(x, self.weight, self.bias)
 
 
 class Engram(nn.Module):
@@ -56,7 +64,7 @@ class Engram(nn.Module):
         self.table = MemoryTable(self.reader.n_rows, config.row_width, getattr(torch, config.table_dtype))
         self.table.weight.requires_grad_(config.kind != "frozen_random")
         M, D = config.branches, config.d_model
-        self.project = nn.Linear(config.d_memory, (M + 1) * D, bias=config.bias)
+        self.project = Projection(config.d_memory, (M + 1) * D, bias=config.bias)
         if self.project.bias is not None:
             # The usual draw would be larger than what small rows give, and make all keys and values alike.
             nn.init.zeros_(self.project.bias)

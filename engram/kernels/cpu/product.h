@@ -202,14 +202,14 @@ template <typename T> void pack_column_panels(const T* x, int64_t stride, int64_
   }
 }
 
-// C [M, lanes] = A [M, P] times the panel of B that starts at lane n of N.
+// C [M, lanes] = A [M, P] times the panel of B that starts at lane n of N, or added to C.
 template <typename T>
 void product_with_panel(Left<T> a, const typename Factor<T>::Unit* b, int64_t n, int64_t N, int64_t M, int64_t P, wide_t<T>* c,
-                        int64_t ldc) {
+                        int64_t ldc, bool add = false) {
   const int64_t lanes = padded_lanes<T>(std::min(kPanel, N - n));
   const auto* panel = b + n * P;
   for (int64_t p = 0; p < P; p += kSummed)
-    product<T>({a.data + p * a.step, a.row, a.step}, panel + p * lanes, lanes, M, lanes, std::min(kSummed, P - p), c, ldc, p > 0);
+    product<T>({a.data + p * a.step, a.row, a.step}, panel + p * lanes, lanes, M, lanes, std::min(kSummed, P - p), c, ldc, add || p > 0);
 }
 
 // C [M, N] = A [M, P] B, of panels.
