@@ -67,12 +67,15 @@ def _compile(compiler: str, folder: Path) -> Path:
     root = Path(torch.__file__).parent
     headers = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    start = [compiler, *_FLAGS, abi, *headers]
+    torch_h = Path(shutil.copy(_SOURCES / "torch.h", folder))
+    command = [*start, "-x", "c++-header", str(torch_h), "-o", f"{torch_h}.gch"]
+    subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+    start += ["-include", str(torch_h)]  # the compiler takes what it compiled of it, lying beside it
     sources = sorted(_SOURCES.glob("*.cpp"))
     objects = [folder / f"{source.stem}.o" for source in sources]
     running = [
-        subprocess.Popen(
-            [compiler, *_FLAGS, abi, *headers, "-c", str(source), "-o", str(target)], stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*start, "-c", str(source), "-o", str(target)], stderr=subprocess.PIPE, text=True)
         for source, target in zip(sources, objects, strict=True)
     ]
     for process in running:

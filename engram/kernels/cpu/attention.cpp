@@ -3,8 +3,6 @@
 // backward pass, as in FlashAttention (arXiv:2205.14135); a row of scores is kept whole, since it fits in cache.
 #include "product.h"
 
-#include <ATen/ops/empty.h>
-
 #include <limits>
 
 namespace engram {

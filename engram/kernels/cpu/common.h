@@ -1,10 +1,7 @@
 // What the CPU kernels share: the type to compute in, exp that vectorises, and sizes of parallel work.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/Dispatch.h>
-#include <torch/library.h>
+#include "torch.h"
 
 #include <bit>
 #include <cmath>

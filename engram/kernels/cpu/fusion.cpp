@@ -4,8 +4,6 @@
 // two passes, since the gradient at a token needs what the convolution did at later ones.
 #include "common.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 namespace engram {

@@ -3,7 +3,6 @@
 // products of small groups spend their time on.
 #include "product.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <atomic>

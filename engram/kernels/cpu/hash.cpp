@@ -1,8 +1,6 @@
 // Canonical ids -> table rows: multiply, XOR and reduce modulo each head's prime (reference in kernels/hash.py).
 #include "vectors.h"
 
-#include <ATen/ops/empty.h>
-
 namespace engram {
 namespace {
 

@@ -1,9 +1,6 @@
 // Rows ordered by expert, in two passes over the copies of tokens (reference in kernels/layout.py).
 #include "common.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 namespace engram {
 namespace {
 

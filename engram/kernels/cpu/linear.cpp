@@ -2,7 +2,6 @@
 // where MKL does not use AVX-512, as on AMD's processors.
 #include "product.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 

@@ -1,8 +1,6 @@
 // Softmax, loss and gradient of a chunk of logits while they are in cache (reference in kernels/loss.py).
 #include "common.h"
 
-#include <ATen/ops/empty.h>
-
 namespace engram {
 namespace {
 

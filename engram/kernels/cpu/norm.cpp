@@ -1,9 +1,6 @@
 // RMSNorm, and RMSNorm followed by a rotation of positions, over the last axis (references in kernels/norm.py).
 #include "vectors.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 namespace engram {
 namespace {
 

@@ -2,8 +2,6 @@
 // kernels/orthogonalize.py). Only where bfloat16 is multiplied in hardware.
 #include "product.h"
 
-#include <ATen/ops/empty.h>
-
 namespace engram {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 namespace {

@@ -1,7 +1,6 @@
 // Scores, top-k, weights, loads and entropy of a router, a token at a time (reference in kernels/routing.py).
 #include "common.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <limits>

@@ -1,7 +1,6 @@
 // Row-sparse gradients: duplicates combined, and Adam on the rows that were read (reference in kernels/rows.py).
 #include "common.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/sort.h>
 
 #include <cstring>

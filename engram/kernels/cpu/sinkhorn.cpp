@@ -2,9 +2,6 @@
 // kernels/sinkhorn.py).
 #include "common.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 namespace engram {
 namespace {
 

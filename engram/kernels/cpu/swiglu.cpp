@@ -1,9 +1,6 @@
 // silu(gate) * up, times a weight for each row if there are weights (reference in kernels/swiglu.py).
 #include "common.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 namespace engram {
 namespace {
 
