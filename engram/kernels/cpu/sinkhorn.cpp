@@ -1,6 +1,6 @@
 // Hyper-connections: Sinkhorn-Knopp on a small matrix for each token, and branches read and written (references in
 // kernels/sinkhorn.py).
-#include "common.h"
+#include "vectors.h"
 
 namespace engram {
 namespace {
@@ -8,7 +8,7 @@ namespace {
 // Matrices [M, M] of several tokens, each in its own lane of vectors: alone, one is too small to fill any.
 template <typename W> class Matrices {
  public:
-  static constexpr int64_t lanes = 64 / sizeof(W);
+  static constexpr int64_t lanes = kLanes<W>;
 
   Matrices(int64_t M_, int64_t steps_) : M(M_), steps(steps_), numbers((2 * M * M + 2 * steps * M) * lanes) {}
 
@@ -92,13 +92,7 @@ template <typename W> class Matrices {
   }
 
   static void raise(Vector& most, const Vector& x) { most = x > most ? x : most; }
-  static void exponentials(const Vector& x, Vector& out) {
-    alignas(64) W each[lanes];
-    __builtin_memcpy(each, &x, sizeof x);
-#pragma omp simd
-    for (int64_t l = 0; l < lanes; ++l) each[l] = exponential(each[l]);
-    __builtin_memcpy(&out, each, sizeof out);
-  }
+  static void exponentials(const Vector& x, Vector& out) { out = exponential((vector_t<W>)x); }
 
   // Lanes without a token hold a matrix of zeros.
   template <typename T> void load(const T* from, int64_t tokens, Vector* to) const {
