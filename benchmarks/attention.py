@@ -1,4 +1,4 @@
-"""The backbone's attention on the CPU against torch's `scaled_dot_product_attention`, causal, heads laid out as each likes.
+"""The backbone's attention on the CPU against torch's `scaled_dot_product_attention`, causal, each in its own layout.
 
 `python benchmarks/attention.py`
 """
