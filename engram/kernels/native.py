@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 _SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = (
@@ -56,10 +58,12 @@ def _built() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engram"
     path = cache / f"kernels-{_fingerprint(compiler)}.so"
     if not path.exists():
-        print("engram: compiling its CPU kernels, once for this machine ...", file=sys.stderr, flush=True)
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when whole, so that processes may race
-            _compile(compiler, Path(folder)).replace(path)
+        with FileLock(path.with_suffix(".lock")):  # processes that start together wait for the first one's work
+            if not path.exists():
+                print("engram: compiling its CPU kernels, once for this machine ...", file=sys.stderr, flush=True)
+                with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when whole
+                    _compile(compiler, Path(folder)).replace(path)
     return path
 
 
@@ -72,19 +76,17 @@ def _compile(compiler: str, folder: Path) -> Path:
     command = [*start, "-x", "c++-header", str(torch_h), "-o", f"{torch_h}.gch"]
     subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
     start += ["-include", str(torch_h)]  # the compiler takes what it compiled of it, lying beside it
-    sources = sorted(_SOURCES.glob("*.cpp"))
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    running = [
-        subprocess.Popen([*start, "-c", str(source), "-o", str(target)], stderr=subprocess.PIPE, text=True)
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    for process in running:
-        _, errors = process.communicate()
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
+
+    def compiled(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        subprocess.run([*start, "-c", str(source), "-o", str(target)], check=True, stderr=subprocess.PIPE, text=True)
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # a compiler takes half a gigabyte
+        objects = list(threads.map(compiled, sorted(_SOURCES.glob("*.cpp"))))
     target = folder / "kernels.so"
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    command = [compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(target), *libraries]
+    command = [compiler, "-shared", "-fopenmp", *objects, "-o", str(target), *libraries]
     subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
     return target
 
