@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from engram.config import ConfigError
 from engram.training.atomic import atomic_file
@@ -33,8 +32,10 @@ class AtomicCheckpointIO(CheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
-        """All of a checkpoint, on the CPU; weights and the states of tables lie in the mapped file, for their owners to
-        copy. Raises `ConfigError` naming the file if it is not one of this trainer."""
+        """All of a checkpoint; its tensors lie in the mapped file, for their owners to copy.
+
+        Raises `ConfigError` naming the file if it is not one of this trainer.
+        """
         try:
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # of any kind: the file may hold anything
@@ -42,23 +43,11 @@ class AtomicCheckpointIO(CheckpointIO):
             raise ConfigError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
         if not isinstance(checkpoint, dict) or not {"pytorch-lightning_version", "tokenizer"} <= checkpoint.keys():
             raise ConfigError(f"checkpoint {str(path)!r} was not saved by this package's trainer")
-        return {key: part if key == "state_dict" else _copied(part) for key, part in checkpoint.items()}
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint if it is there."""
         Path(path).unlink(missing_ok=True)
-
-
-def _copied(part: Any) -> Any:
-    """`part` with its tensors in memory of their own, but those of a table's state, which `RowAdam` copies itself.
-
-    torch's optimisers keep the tensors they load: training would run on pages of the file.
-    """
-    if isinstance(part, Tensor):
-        return part.clone()
-    if isinstance(part, dict):
-        return part if "row_state" in part else {key: _copied(value) for key, value in part.items()}
-    return type(part)(map(_copied, part)) if isinstance(part, list | tuple) else part
 
 
 class LastCheckpoint(Checkpoint):

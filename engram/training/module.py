@@ -199,7 +199,7 @@ class LitEngramLM(lightning.LightningModule):
         saved = checkpoint.get("optim_config", own)  # older checkpoints lack it
         if saved != own and self.trainer.state.fn == TrainerFn.FITTING:
             raise ConfigError(f"the checkpoint was trained differently: {_first_difference(saved, own, 'optim.')}")
-        self._random_state = checkpoint["random_state"]
+        self._random_state = checkpoint["random_state"].clone()
 
 
 def _measured(output: ModelOutput) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 // Causal softmax attention within documents and its gradient, some queries at a time (reference in
 // kernels/causal_attention.py). Keys that no query of a block sees are not multiplied, and scores are made anew for the
 // backward pass, as in FlashAttention (arXiv:2205.14135); a row of scores is kept whole, since it fits in cache.
+#include "heads.h"
 #include "product.h"
 
 #include <limits>
@@ -12,16 +13,13 @@ using Maybe = std::optional<at::Tensor>;
 
 constexpr int64_t kBlock = 32;  // queries at a time
 
-// Heads [B, T, h, c] anywhere in memory, as long as the c values of a head lie side by side.
-template <typename S> struct Heads {
+template <typename S> struct At : Heads {
   S* data;
-  int64_t B, T, h, c, sB, sT, sh;
-  Heads(S* data_, const at::Tensor& x)
-      : data(data_), B(x.size(0)), T(x.size(1)), h(x.size(2)), c(x.size(3)), sB(x.stride(0)), sT(x.stride(1)), sh(x.stride(2)) {}
-  S* head(int64_t b, int64_t i) const { return data + b * sB + i * sh; }
+  At(S* data_, const at::Tensor& x) : Heads(x), data(data_) {}
+  S* head(int64_t b, int64_t i) const { return data + at(b, 0, i); }
 };
-template <typename T> Heads<const T> to_read(const at::Tensor& x) { return {x.const_data_ptr<T>(), x}; }
-template <typename T> Heads<T> to_write(at::Tensor& x) { return {x.mutable_data_ptr<T>(), x}; }
+template <typename T> At<const T> to_read(const at::Tensor& x) { return {x.const_data_ptr<T>(), x}; }
+template <typename T> At<T> to_write(at::Tensor& x) { return {x.mutable_data_ptr<T>(), x}; }
 
 // The keys that a block of queries sees lie from `first`, a multiple of lanes, over `count` places, a multiple too.
 struct Block {
@@ -69,8 +67,8 @@ template <typename T, typename W> void store_scaled(const W* from, int64_t n, W 
 }
 
 template <typename T>
-void forward(const Heads<const T>& q, const Heads<const T>& k, const Heads<const T>& v, const int64_t* starts,
-             const Heads<T>& out, wide_t<T>* log_sum) {
+void forward(const At<const T>& q, const At<const T>& k, const At<const T>& v, const int64_t* starts,
+             const At<T>& out, wide_t<T>* log_sum) {
   using Unit = typename Factor<T>::Unit;
   using W = wide_t<T>;
   using V = vector_t<T>;
@@ -115,9 +113,9 @@ void forward(const Heads<const T>& q, const Heads<const T>& k, const Heads<const
 }
 
 template <typename T>
-void backward(const Heads<const T>& grad, const Heads<const T>& q, const Heads<const T>& k, const Heads<const T>& v,
-              const int64_t* starts, const Heads<const T>& out, const wide_t<T>* log_sum,
-              const Heads<T>& grad_q, const Heads<T>& grad_k, const Heads<T>& grad_v) {
+void backward(const At<const T>& grad, const At<const T>& q, const At<const T>& k, const At<const T>& v,
+              const int64_t* starts, const At<const T>& out, const wide_t<T>* log_sum,
+              const At<T>& grad_q, const At<T>& grad_k, const At<T>& grad_v) {
   using Unit = typename Factor<T>::Unit;
   using W = wide_t<T>;
   using V = vector_t<T>;

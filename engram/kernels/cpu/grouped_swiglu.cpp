@@ -2,6 +2,7 @@
 // in kernels/grouped_swiglu.py). No padding, and nothing to set up for a new number of rows, which is what a library's
 // products of small groups spend their time on.
 #include "product.h"
+#include "swiglu.h"
 
 #include <ATen/ops/zeros.h>
 
@@ -71,7 +72,6 @@ inline int64_t row_block(int64_t width) { return std::clamp<int64_t>(65536 / std
 template <typename T, typename S>
 void forward(const Sizes& s, const T* x, const wide_t<T>* weights, const S* w_gate_up, const S* w_down, T* gate_up, T* y) {
   using Unit = typename Factor<T>::Unit;
-  using V = vector_t<T>;
   const int64_t D = s.D, F = s.F, wide_F = padded_lanes<T>(2 * F), wide_D = padded_lanes<T>(D);
   const int64_t block = row_block(std::max(wide_F, wide_D)), in = line<T>(D), inner = line<T>(F);
   each_expert(s, [&] {
@@ -89,11 +89,7 @@ void forward(const Sizes& s, const T* x, const wide_t<T>* weights, const S* w_ga
         for (int64_t m = 0; m < M; ++m) {
           T *gate = gate_up + (from + m) * 2 * F, *up = gate + F, *h = hidden(m * inner);
           store_row<T>(sums(m * wide_F), 2 * F, gate);
-          const wide_t<T> weight = weights[s.copy[from + m]];
-          for (int64_t f = 0; f < F; f += kLanes<T>) {
-            const V g = load(gate + f, F - f);
-            store<T>(g / (1 + exponential(-g)) * load(up + f, F - f) * weight, h + f, F - f);
-          }
+          swiglu_row(gate, up, F, weights[s.copy[from + m]], h);
           std::fill(h + F, h + inner, T(0));
         }
         product_with_panels(left_rows(hidden(), inner), down_panels(), M, D, units<T>(F), sums(), wide_D);
@@ -121,7 +117,6 @@ void backward(const Sizes& s, const T* grad, const T* x, const wide_t<T>* weight
               const S* w_down, T* grad_rows, wide_t<T>* grad_weights, S* grad_gate_up, S* grad_down) {
   using Unit = typename Factor<T>::Unit;
   using W = wide_t<T>;
-  using V = vector_t<T>;
   const int64_t D = s.D, F = s.F, wide_F = padded_lanes<T>(F), wide_D = padded_lanes<T>(D);
   const int64_t block = row_block(std::max(wide_F, wide_D)), in = line<T>(D), inner = line<T>(F), both = line<T>(2 * F);
   int64_t most = 0;
@@ -149,21 +144,10 @@ void backward(const Sizes& s, const T* grad, const T* x, const wide_t<T>* weight
         for (int64_t m = 0; m < M; ++m) {
           const int64_t r = from + m, copy = s.copy[begin + r];
           const T *gate = gate_up + (begin + r) * 2 * F, *up = gate + F;
-          T *h = hidden(r * inner), *by_gate = by_gate_up(r * both), *by_up = by_gate + F;
-          const W weight = weights[copy];
-          V along{};
-          for (int64_t f = 0; f < F; f += kLanes<T>) {
-            const int64_t n = F - f;
-            const V g = load(gate + f, n), u = load(up + f, n), sig = 1 / (1 + exponential(-g)), silu = g * sig;
-            const V d = load(sums(m * wide_F) + f, n);
-            along += d * silu * u;
-            store<T>(silu * u * weight, h + f, n);
-            store<T>(d * weight * u * sig * (1 + g * (1 - sig)), by_gate + f, n);
-            store<T>(d * weight * silu, by_up + f, n);
-          }
+          T *h = hidden(r * inner), *by_gate = by_gate_up(r * both);
+          grad_weights[copy] = swiglu_row_backward(sums(m * wide_F), gate, up, F, weights[copy], by_gate, by_gate + F, h);
           std::fill(h + F, h + inner, T(0));
           std::fill(by_gate + 2 * F, by_gate + both, T(0));
-          grad_weights[copy] = sum_of(along);
         }
         product_with_panels(left_rows(by_gate_up(from * both), both), up_panels(), M, D, units<T>(2 * F), sums(), wide_D);
         for (int64_t m = 0; m < M; ++m) store_row<T>(sums(m * wide_D), D, grad_rows + (begin + from + m) * D);

@@ -1,4 +1,5 @@
 // RMSNorm, and RMSNorm followed by a rotation of positions, over the last axis (references in kernels/norm.py).
+#include "heads.h"
 #include "vectors.h"
 
 namespace engram {
@@ -77,21 +78,11 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad_, co
   return {grad_x, grad_weight.to(weight_.scalar_type())};
 }
 
-// Heads [B, T, h, c] anywhere in memory, as long as the c values of a head lie side by side.
-struct Heads {
-  int64_t B, T, h, c, sB, sT, sh;
-  explicit Heads(const at::Tensor& x)
-      : B(x.size(0)), T(x.size(1)), h(x.size(2)), c(x.size(3)), sB(x.stride(0)), sT(x.stride(1)), sh(x.stride(2)) {}
-  int64_t tokens() const { return B * T; }
-  int64_t count() const { return B * T * h; }
-  // Calls visit(number, position, where it starts) for the heads of tokens `begin` to `end`.
-  template <typename Visit> void each(int64_t begin, int64_t end, const Visit& visit) const {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = i % T, from = i / T * sB + t * sT;
-      for (int64_t n = 0; n < h; ++n) visit(i * h + n, t, from + n * sh);
-    }
-  }
-};
+// Calls visit(number, position, where it starts) for the heads of tokens `begin` to `end`.
+template <typename Visit> void each_head(const Heads& s, int64_t begin, int64_t end, const Visit& visit) {
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t n = 0; n < s.h; ++n) visit(i * s.h + n, i % s.T, s.at(i / s.T, i % s.T, n));
+}
 
 inline at::Tensor with_heads_together(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
 
@@ -102,8 +93,8 @@ void rotate(const T* x, const Heads& s, const wide_t<T>* weight, const wide_t<T>
   using W = wide_t<T>;
   using V = vector_t<T>;
   const int64_t c = s.c, half = c / 2;
-  at::parallel_for(0, s.tokens(), grain(4 * c * s.h), [&](int64_t begin, int64_t end) {
-    s.each(begin, end, [&](int64_t i, int64_t position, int64_t start) {
+  at::parallel_for(0, s.B * s.T, grain(4 * c * s.h), [&](int64_t begin, int64_t end) {
+    each_head(s, begin, end, [&](int64_t i, int64_t position, int64_t start) {
       const T* in = x + start;
       const W *cos = cosine + position * half, *sin = sine + position * half;
       W scale = 1;
@@ -135,10 +126,10 @@ void rotate_backward(const T* grad, const T* x, const Heads& s, const wide_t<T>*
   using W = wide_t<T>;
   using V = vector_t<T>;
   const int64_t c = s.c, half = c / 2;
-  at::parallel_for(0, s.tokens(), grain(6 * c * s.h), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.B * s.T, grain(6 * c * s.h), [&](int64_t begin, int64_t end) {
     std::vector<W> back(c);
     W *sums = grad_weight.mine(), *turned = back.data();
-    s.each(begin, end, [&](int64_t i, int64_t position, int64_t start) {
+    each_head(s, begin, end, [&](int64_t i, int64_t position, int64_t start) {
       const T *in = x + start, *g = grad + i * c;
       const W *cos = cosine + position * half, *sin = sine + position * half;
       T* out = grad_x + i * c;
@@ -176,7 +167,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rotate(const at::Tensor& x_, const Maybe
   const auto options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const auto cosine = cosine_.to(options.dtype()).contiguous(), sine = sine_.to(options.dtype()).contiguous();
   const auto weight = weight_ ? Maybe(weight_->to(options.dtype()).contiguous()) : Maybe();
-  auto y = at::empty(x.sizes(), x.options()), inverse = at::empty({weight ? s.count() : 0}, options);
+  auto y = at::empty(x.sizes(), x.options()), inverse = at::empty({weight ? s.B * s.T * s.h : 0}, options);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_rotate", [&] {
     using W = wide_t<scalar_t>;
     const std::vector<W> ones(weight ? 0 : s.c, W(1));

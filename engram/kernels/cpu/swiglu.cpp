@@ -1,22 +1,13 @@
 // silu(gate) * up, times a weight for each row if there are weights (reference in kernels/swiglu.py).
-#include "common.h"
+#include "swiglu.h"
 
 namespace engram {
 namespace {
 
 template <typename T> void forward(const T* in, const wide_t<T>* weight, int64_t P, int64_t F, T* out) {
-  using W = wide_t<T>;
   at::parallel_for(0, P, grain(4 * F), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const T *gate = in + p * 2 * F, *up = gate + F;
-      T* h = out + p * F;
-      const W w = weight ? weight[p] : W(1);
-#pragma omp simd
-      for (int64_t f = 0; f < F; ++f) {
-        const W x = widened(gate[f]);
-        h[f] = narrowed<T>(x * sigmoid(x) * widened(up[f]) * w);
-      }
-    }
+    for (int64_t p = begin; p < end; ++p)
+      swiglu_row(in + p * 2 * F, in + (p * 2 + 1) * F, F, weight ? weight[p] : wide_t<T>(1), out + p * F);
   });
 }
 
@@ -25,18 +16,9 @@ void backward(const T* grad, const T* in, const wide_t<T>* weight, int64_t P, in
   using W = wide_t<T>;
   at::parallel_for(0, P, grain(6 * F), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      const T *gate = in + p * 2 * F, *up = gate + F, *g = grad + p * F;
-      T *g_gate = out + p * 2 * F, *g_up = g_gate + F;
-      const W w = weight ? weight[p] : W(1);
-      W sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t f = 0; f < F; ++f) {
-        const W x = widened(gate[f]), u = widened(up[f]), y = widened(g[f]);
-        const W sig = sigmoid(x), silu = x * sig;
-        g_gate[f] = narrowed<T>(y * w * u * sig * (1 + x * (1 - sig)));
-        g_up[f] = narrowed<T>(y * w * silu);
-        sum += y * silu * u;
-      }
+      const T* gate = in + p * 2 * F;
+      T* by_gate = out + p * 2 * F;
+      const W sum = swiglu_row_backward(grad + p * F, gate, gate + F, F, weight ? weight[p] : W(1), by_gate, by_gate + F);
       if (weight) out_weight[p] = sum;
     }
   });

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from engram.training.optim.row_adam import RowAdam
 
 
 class Together(torch.optim.Optimizer):
@@ -34,7 +37,8 @@ class Together(torch.optim.Optimizer):
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave, in memory of its own."""
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            # torch's optimisers keep the tensors they load, which may lie in a mapped file; ours of tables copies them.
+            optimizer.load_state_dict(state if isinstance(optimizer, RowAdam) else copy.deepcopy(state))
         self._share_groups()
