@@ -120,8 +120,8 @@ def their_blocks(size: Size, ours: MoE) -> dict[str, OlmoeSparseMoeBlock]:
         else:
             with torch.no_grad():
                 block.gate.weight.copy_(ours.router.weight)
-                block.experts.gate_up_proj.copy_(ours.w_gate_up.mT)
-                block.experts.down_proj.copy_(ours.w_down.mT)
+                block.experts.gate_up_proj.copy_(ours.experts.w_gate_up.mT)
+                block.experts.down_proj.copy_(ours.experts.w_down.mT)
         blocks[implementation] = block
     return blocks
 
@@ -129,14 +129,18 @@ def their_blocks(size: Size, ours: MoE) -> dict[str, OlmoeSparseMoeBlock]:
 def our_experts(moe: MoE, batch: Batch) -> Tensor:
     """Ours, which wants the loads too; the others count for themselves."""
     load_E = torch.bincount(batch.experts_NK.flatten(), minlength=moe.config.n_experts)
-    return grouped_swiglu(batch.x_ND, batch.experts_NK, batch.weights_NK, load_E, moe.w_gate_up, moe.w_down)
+    return grouped_swiglu(
+        batch.x_ND, batch.experts_NK, batch.weights_NK, load_E, moe.experts.w_gate_up, moe.experts.w_down
+    )
 
 
 def loop(moe: MoE, batch: Batch) -> Tensor:
     """One expert after the other, on the rows that chose it. The matrices are unbound, since the backward of `w[e]`
     fills a tensor as large as all experts' matrices for every expert, which is what costs `eager` so much."""
     y = torch.zeros_like(batch.x_ND)
-    for e, (w_gate_up, w_down) in enumerate(zip(moe.w_gate_up.unbind(), moe.w_down.unbind(), strict=True)):
+    for e, (w_gate_up, w_down) in enumerate(
+        zip(moe.experts.w_gate_up.unbind(), moe.experts.w_down.unbind(), strict=True)
+    ):
         tokens, place = (batch.experts_NK == e).nonzero(as_tuple=True)
         gate, up = (batch.x_ND[tokens] @ w_gate_up).chunk(2, -1)
         y = y.index_add(0, tokens, (F.silu(gate) * up) @ w_down * batch.weights_NK[tokens, place].unsqueeze(1))
@@ -146,8 +150,8 @@ def loop(moe: MoE, batch: Batch) -> Tensor:
 def dense(moe: MoE, batch: Batch) -> Tensor:
     """As many rows as the experts multiply together, all with the matrices of the first."""
     x = batch.x_ND.repeat(moe.config.top_k, 1)
-    gate, up = (x @ moe.w_gate_up[0]).chunk(2, -1)
-    return ((F.silu(gate) * up) @ moe.w_down[0])[: len(batch.x_ND)]
+    gate, up = (x @ moe.experts.w_gate_up[0]).chunk(2, -1)
+    return ((F.silu(gate) * up) @ moe.experts.w_down[0])[: len(batch.x_ND)]
 
 
 Compute = Callable[[Batch], Tensor]

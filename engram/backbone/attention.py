@@ -48,7 +48,7 @@ def positions_of(token_ids: Tensor, document_ids: Tensor | None, config: GQAConf
 class GroupedQueryAttention(nn.Module):
     """Query heads in groups that share a key and value head; queries and keys RMS-normalised per head if configured."""
 
-    def __init__(self, config: GQAConfig, d_model: int, norm_eps: float) -> None:
+    def __init__(self, config: GQAConfig, d_model: int, norm_eps: float, output_scale: float = 1.0) -> None:
         super().__init__()
         self.config = config
         self.split = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
@@ -56,6 +56,12 @@ class GroupedQueryAttention(nn.Module):
         self.out = nn.Linear(config.n_heads * config.head_dim, d_model, bias=False)
         self.q_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
+        self.output_scale = output_scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the maps anew."""
+        _draw_maps(self, self.output_scale)
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """`[B, T, d]` -> `[B, T, d]`."""
@@ -71,7 +77,7 @@ class GroupedQueryAttention(nn.Module):
 class MultiHeadLatentAttention(nn.Module):
     """Keys and values of all heads come from one small latent; one rotated key part is shared by the heads."""
 
-    def __init__(self, config: MLAConfig, d_model: int, norm_eps: float) -> None:
+    def __init__(self, config: MLAConfig, d_model: int, norm_eps: float, output_scale: float = 1.0) -> None:
         super().__init__()
         self.config = config
         H, nope, rope = config.n_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -83,6 +89,12 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_lora_rank, eps=norm_eps)
         self.kv_up = nn.Linear(config.kv_lora_rank, H * (nope + config.v_head_dim), bias=False)
         self.out = nn.Linear(H * config.v_head_dim, d_model, bias=False)
+        self.output_scale = output_scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the maps anew."""
+        _draw_maps(self, self.output_scale)
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """`[B, T, d]` -> `[B, T, d]`."""
@@ -98,6 +110,14 @@ class MultiHeadLatentAttention(nn.Module):
         k = torch.cat([k_nope, k_rope], dim=-1)
         y = _attend(q, k, v, positions)
         return self.out(y.flatten(2))
+
+
+def _draw_maps(attention: Attention, output_scale: float) -> None:
+    """N(0, 1/fan-in) for all maps, the output's times `output_scale`."""
+    for linear in attention.children():
+        if isinstance(linear, nn.Linear):
+            scale = output_scale if linear is attention.out else 1.0
+            nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)
 
 
 def _turn(heads: Tensor, positions: Positions, norm: RMSNorm | None = None) -> Tensor:
@@ -122,8 +142,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
 Attention = GroupedQueryAttention | MultiHeadLatentAttention
 
 
-def build_attention(config: GQAConfig | MLAConfig, d_model: int, norm_eps: float) -> Attention:
-    """The attention that a config names, called with `(x [B, T, d], Positions)`."""
+def build_attention(
+    config: GQAConfig | MLAConfig, d_model: int, norm_eps: float, output_scale: float = 1.0
+) -> Attention:
+    """The attention that a config names, called with `(x [B, T, d], Positions)`; its output map starts times
+    `output_scale`."""
     if isinstance(config, GQAConfig):
-        return GroupedQueryAttention(config, d_model, norm_eps)
-    return MultiHeadLatentAttention(config, d_model, norm_eps)
+        return GroupedQueryAttention(config, d_model, norm_eps, output_scale)
+    return MultiHeadLatentAttention(config, d_model, norm_eps, output_scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from engram.backbone.attention import Positions, build_attention
@@ -17,16 +19,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         D, eps = config.d_model, config.norm_eps
+        output_scale = 1 / math.sqrt(2 * config.n_layers)
         self.attention_residual = build_residual(config.branches, D, eps)
         self.attention_norm = RMSNorm(D, eps=eps)
-        self.attention = build_attention(config.attention, D, eps)
+        self.attention = build_attention(config.attention, D, eps, output_scale)
         self.ffn_residual = build_residual(config.branches, D, eps)
         self.ffn_norm = RMSNorm(D, eps=eps)
         self.ffn: MoE | SwiGLU
         if config.experts is not None and index >= config.n_dense_layers:
-            self.ffn = MoE(config.experts)
+            self.ffn = MoE(config.experts, output_scale)
         else:
-            self.ffn = SwiGLU(D, config.dense_width)
+            self.ffn = SwiGLU(D, config.dense_width, output_scale)
 
     def forward(self, hidden: Tensor, positions: Positions) -> tuple[Tensor, RoutingStats | None]:
         """`[B, T, d]` (or `[B, T, M, d]`) -> the same shape, and what the router did if there is one."""

@@ -7,12 +7,10 @@ Memory before attention as in arXiv:2601.07372, section 2; the rest is the commo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +18,7 @@ from engram.backbone.attention import positions_of
 from engram.backbone.block import Block
 from engram.backbone.norm import RMSNorm
 from engram.config import ModelConfig
-from engram.experts import MoE, RoutingStats, SwiGLU
+from engram.experts import MoE, RoutingStats
 from engram.memory import AdditiveBigram, Engram, build_memory
 from engram.tensors import require_ids
 
@@ -61,25 +59,13 @@ class EngramLM(nn.Module):
             modules = build_memory(config.memory, config.n_layers, lookup)
             self.input_memory = modules.at_input
             self.memory.update({str(layer): module for layer, module in modules.at_block.items()})
-        self._init_weights()
+        self.reset_parameters()
 
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        D = self.config.d_model
-        nn.init.normal_(self.embed.weight, std=D**-0.5 if self.config.tied else 1.0)
+    def reset_parameters(self) -> None:
+        """Draw embedding and head anew; all other weights are their modules' own."""
+        nn.init.normal_(self.embed.weight, std=self.config.d_model**-0.5 if self.config.tied else 1.0)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
-        depth_scale = 1 / math.sqrt(2 * self.config.n_layers)
-        for block in self.each_block():
-            for module in block.attention.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            block.attention.out.weight.mul_(depth_scale)
-            for module in block.ffn.modules():
-                if isinstance(module, SwiGLU):
-                    module.down.weight.mul_(depth_scale)
-                elif isinstance(module, MoE):
-                    module.w_down.mul_(depth_scale)
 
     @property
     def head_weight(self) -> Tensor:

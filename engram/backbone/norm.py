@@ -14,8 +14,13 @@ class RMSNorm(nn.Module):
     def __init__(self, d: int, eps: float) -> None:
         super().__init__()
         load_kernels()
-        self.weight = nn.Parameter(torch.ones(d))
+        self.weight = nn.Parameter(torch.empty(d))
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Ones."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)

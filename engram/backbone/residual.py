@@ -49,12 +49,19 @@ class HyperConnection(nn.Module):
         self.branches = M
         self.norm = RMSNorm(M * d_model, eps=norm_eps)
         self.dynamic = nn.Linear(M * d_model, M + M + M * M, bias=False)
-        self.factor = nn.Parameter(torch.full((3,), 0.01))
+        self.factor = nn.Parameter(torch.empty(3))
         self.static = nn.Parameter(torch.empty(M + M + M * M))
-        with torch.no_grad():
-            self.static[:M] = -math.log(M - 1)  # sigmoid = 1/M: equal branches are read as their mean
-            self.static[M : 2 * M] = 0.0  # 2 sigmoid = 1: every branch gets the whole update
-            self.static[2 * M :] = (4.0 * torch.eye(M) - 4.0).flatten()  # near the identity, and still able to learn
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The static part, a plain residual, and how much the learned one counts."""
+        M = self.branches
+        self.factor.fill_(0.01)
+        self.static[:M] = -math.log(M - 1)  # sigmoid = 1/M: equal branches are read as their mean
+        self.static[M : 2 * M] = 0.0  # 2 sigmoid = 1: every branch gets the whole update
+        near_identity = 4.0 * torch.eye(M, device=self.static.device) - 4.0  # and still able to learn
+        self.static[2 * M :] = near_identity.flatten()
 
     def read(self, hidden: Tensor) -> tuple[Tensor, Mixing]:
         """Branches `[B, T, M, d]` -> the sublayer's input `[B, T, d]`, and how its output will be taken."""

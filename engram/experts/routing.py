@@ -38,8 +38,13 @@ class Router(nn.Module):
         load_kernels()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.d_model))
-        nn.init.normal_(self.weight, std=config.d_model**-0.5)
-        self.register_buffer("bias", torch.zeros(config.n_experts))
+        self.register_buffer("bias", torch.empty(config.n_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; the bias is zero."""
+        nn.init.normal_(self.weight, std=self.config.d_model**-0.5)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
         """Hidden states `[B, T, d]` -> experts `[B, T, K]` (int64), their weights `[B, T, K]` and the statistics."""

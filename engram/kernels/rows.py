@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engram.kernels.library import define
+from engram.kernels.random import random_bits
 from engram.tensors import widen
 
 _MASK = 0xFFFFFFFF
@@ -55,15 +56,6 @@ def combine_rows(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
     return _combine_rows(rows, grads)
 
 
-def _scramble(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers (held in int64) whose output bits each depend on all input bits."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
-
-
 def round_at_random(x: Tensor, random: Tensor) -> Tensor:
     """float32 -> bfloat16, up or down in proportion to what is cut off; `random` holds 16 or more bits for each."""
     bits = x.view(torch.int32).long() & _MASK
@@ -96,10 +88,7 @@ def row_adam_reference_(
     root = (second / (1 - beta2**step)).sqrt() + eps
     moved = widen(table[rows]) - lr / (1 - beta1**step) * (first if beta1 else g) / root
     if table.dtype == torch.bfloat16:
-        key = _scramble(rows.new_tensor(seed & _MASK) ^ _scramble(rows.new_tensor(step)))
-        by_row = _scramble((rows & _MASK) ^ key) ^ (rows >> 32)
-        column = torch.arange(table.shape[1], device=rows.device) * 0x9E3779B9
-        table[rows] = round_at_random(moved, _scramble((by_row.unsqueeze(1) + column) & _MASK))
+        table[rows] = round_at_random(moved, random_bits(rows, table.shape[1], seed, step))
     else:
         table[rows] = moved.to(table.dtype)
 

@@ -118,12 +118,16 @@ class AdditiveBigram(UngatedMemory):
 
     def __init__(self, config: MemoryConfig, owner: AdditiveBigram | None, lookup: Tensor | None = None) -> None:
         super().__init__(config)
-        self.scale = nn.Parameter(torch.tensor(0.1))
+        self.scale = nn.Parameter(torch.empty(1))
         if owner is None:
             self.reader = RowReader(config, config.layers[0], lookup)
-            self.table = MemoryTable(self.reader.n_rows, config.row_width, getattr(torch, config.table_dtype))
-            nn.init.zeros_(self.table.weight)
+            self.table = MemoryTable(self.reader.n_rows, config.row_width, getattr(torch, config.table_dtype), std=0.0)
         self._owner = (self if owner is None else owner,)  # in a tuple, so that the owner is not a submodule here
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scale."""
+        nn.init.constant_(self.scale, 0.1)
 
     @property
     def source(self) -> UngatedMemory:

@@ -40,14 +40,23 @@ class Fusion(nn.Module):
         super().__init__()
         load_kernels()
         M, D, taps = config.branches, config.d_model, config.conv_kernel
-        self.query_norm = nn.Parameter(torch.ones(M, D))
-        self.key_norm = nn.Parameter(torch.ones(M, D))
-        self.conv_norm = nn.Parameter(torch.ones(M, D)) if taps else None
-        self.conv_weight = nn.Parameter(torch.zeros(taps, M, D)) if taps else None  # the last tap is the token itself
+        self.query_norm = nn.Parameter(torch.empty(M, D))
+        self.key_norm = nn.Parameter(torch.empty(M, D))
+        self.conv_norm = nn.Parameter(torch.empty(M, D)) if taps else None
+        self.conv_weight = nn.Parameter(torch.empty(taps, M, D)) if taps else None  # the last tap is the token itself
         self.eps = config.norm_eps
         self.squash = config.gate == "signed_sqrt"
         self.dilation = config.dilation
         self.context = max(taps - 1, 0) * self.dilation  # how many positions before a token the taps reach
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Norms of ones, and a convolution of zeros."""
+        for norm in (self.query_norm, self.key_norm, self.conv_norm):
+            if norm is not None:
+                nn.init.ones_(norm)
+        if self.conv_weight is not None:
+            nn.init.zeros_(self.conv_weight)
 
     def forward(
         self,

@@ -128,10 +128,10 @@ class NgramHasher(nn.Module):
         n_heads = len(self.orders) * config.n_heads
         self.register_buffer("moduli", torch.empty(len(self.layers), n_heads, dtype=torch.int64))
         self.register_buffer("offsets", torch.empty_like(self.moduli))
-        self.reset_buffers()
+        self.reset_parameters()
 
-    def reset_buffers(self) -> None:
-        """Write moduli and offsets again, as is needed after a module built on the meta device got its storage."""
+    def reset_parameters(self) -> None:
+        """Write moduli and offsets, again after a module built on the meta device got its storage."""
         sizes = np.array(self._sizes, dtype=np.int64)
         offsets = np.cumsum(sizes, axis=1) - sizes
         for buffer, values in ((self.moduli, sizes), (self.offsets, offsets)):

@@ -29,7 +29,16 @@ class EngramState(NamedTuple):
 
 
 class Projection(nn.Linear):
-    """`nn.Linear`, by a faster product where there is one."""
+    """`nn.Linear`, by a faster product where there is one.
+
+    Biases are zero at the start: the usual draw would be larger than what small rows give, and make all keys and values
+    alike.
+    """
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d_memory]` -> `[..., (M + 1) d]`."""
@@ -65,9 +74,6 @@ class Engram(nn.Module):
         self.table.weight.requires_grad_(config.kind != "frozen_random")
         M, D = config.branches, config.d_model
         self.project = Projection(config.d_memory, (M + 1) * D, bias=config.bias)
-        if self.project.bias is not None:
-            # The usual draw would be larger than what small rows give, and make all keys and values alike.
-            nn.init.zeros_(self.project.bias)
         self.fusion = Fusion(config)
 
     def forward(

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from engram.config import require
 from engram.kernels import gather_rows, load_kernels
 from engram.kernels.library import LIBRARY, define
+from engram.kernels.random import fill_normal_
 
 
 class MemoryTable(nn.Module):
     """A `[n_rows, width]` table, read by row index; it knows how rows are stored, not who asks.
 
-    Rows start as N(0, 0.02^2). The demonstration code has nn.Embedding's N(0, 1); rows that are never trained then add
-    noise that hides what trained rows say, and small models learn markedly slower.
+    Rows start as N(0, std^2), drawn for each row by its number. The demonstration code has nn.Embedding's N(0, 1); rows
+    that are never trained then add noise that hides what trained rows say, and small models learn markedly slower.
 
     Rows and their gradients have one type, `dtype`, whatever the type of the layers around. The many gradients that a
     bfloat16 row may get in a batch are summed in float32 (`combine_rows`).
@@ -35,23 +36,29 @@ class MemoryTable(nn.Module):
     Args:
         n_rows, width: size of the table.
         dtype: torch's default if None. `to`, `float` and their like change it, as that of any weight.
+        std: standard deviation of rows at the start.
 
     Raises:
         ConfigError: `n_rows` or `width` below 1.
     """
 
-    def __init__(self, n_rows: int, width: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, n_rows: int, width: int, dtype: torch.dtype | None = None, std: float = 0.02) -> None:
         super().__init__()
         load_kernels()
         require(n_rows >= 1, "n_rows", n_rows, "1 or more")
         require(width >= 1, "width", width, "1 or more")
+        self.std = std
         self.weight = nn.Parameter(torch.empty(n_rows, width, dtype=dtype))
         self.reset_parameters()
         self._enter()
 
     def reset_parameters(self) -> None:
         """Draw all rows anew."""
-        nn.init.normal_(self.weight, std=0.02)
+        if not self.weight.is_meta:
+            self._fill(int(torch.randint(2**32, (), device="cpu")))
+
+    def _fill(self, seed: int) -> None:
+        fill_normal_(self.weight, self.std, seed)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows `[..., H]` (int64 indices) -> their values `[..., H, width]`."""

@@ -120,9 +120,7 @@ def training_arguments(point: Point, threads: int) -> list[str]:
     path = point.folder / "run.yaml"
     with atomic_file(path) as draft:
         draft.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    checkpoint = point.folder / "checkpoints" / "last.ckpt"
-    resume = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
-    return ["fit", "--config", str(path), *resume]
+    return ["fit", "--config", str(path), "--ckpt_path", "auto"]
 
 
 def is_finished(point: Point) -> bool:

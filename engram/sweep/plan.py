@@ -21,7 +21,7 @@ from engram.training.optim import OptimConfig
 from engram.training.prepare import DataConfig
 
 MAIN_VARIANT = "engram"
-Precision = Literal["bf16-mixed", "16-mixed", "32-true", "bf16-true", "64-true"]
+Precision = Literal["bf16-mixed", "32-true", "bf16-true", "16-true"]
 
 
 @dataclass(frozen=True, kw_only=True)

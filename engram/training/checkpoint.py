@@ -1,67 +1,50 @@
-"""Checkpoints of a run: when they are saved, and files that are whole or absent and read without pickled code.
-
-A checkpoint holds all that the rest of a run depends on, so that a resumed run equals one that never stopped.
-"""
+"""When a run saves its checkpoints, and which one it goes on from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from engram.config import ConfigError
-from engram.training.atomic import atomic_file
+from engram.config import require
+from engram.parallel.checkpoint import checkpoint_folder, last_checkpoint
 
-LAST = "last.ckpt"
+CHECKPOINTS = "checkpoints"
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """`torch.save` files, renamed into place when whole: a save that is killed or meets a full disk leaves the old
-    file. Read with `weights_only=True`: a checkpoint from elsewhere can run no code."""
+def resume_path(asked: str | None, run_folder: Path) -> str | None:
+    """The folder of the checkpoint to go on from.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save atomically: tensors on the CPU are written from where they lie, those elsewhere fetched one at a time.
+    Args:
+        asked: a checkpoint's folder; `last`, the run folder's latest; `auto`, the same, or None where there is none.
+        run_folder: the run's.
 
-        Raises `ConfigError` naming the file when the disk refuses.
-        """
-        with atomic_file(Path(path)) as draft, draft.open("wb") as file:
-            torch.save(checkpoint, file)
-
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
-        """All of a checkpoint; its tensors lie in the mapped file, for their owners to copy.
-
-        Raises `ConfigError` naming the file if it is not one of this trainer.
-        """
-        try:
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # of any kind: the file may hold anything
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
-        if not isinstance(checkpoint, dict) or not {"pytorch-lightning_version", "tokenizer"} <= checkpoint.keys():
-            raise ConfigError(f"checkpoint {str(path)!r} was not saved by this package's trainer")
-        return checkpoint
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint if it is there."""
-        Path(path).unlink(missing_ok=True)
+    Raises `ConfigError` if it is not there: Lightning would train from the start where there is no last one.
+    """
+    path: str | Path | None = asked
+    if asked in ("last", "auto"):
+        path = last_checkpoint(run_folder / CHECKPOINTS)
+        if path is None and asked == "auto":
+            return None
+        path = path or f"{run_folder / CHECKPOINTS} (last)"
+    require(path is None or Path(path).is_dir(), "ckpt_path", str(path), "the folder of a checkpoint, last, or auto")
+    return None if path is None else str(path)
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` every so many steps, and after the validation of a step that has one.
+    """Saves a checkpoint every so many steps, and after the validation of a step that has one.
 
     Saved before it, as Lightning's own callback does, the validation would be missing from a resumed run.
 
     Args:
-        folder: where to save.
+        folder: where to save: `step-NNNNNNNN` inside, the latest alone.
         every: steps between checkpoints.
     """
 
     def __init__(self, folder: str | Path, every: int) -> None:
-        self.path, self.every = Path(folder) / LAST, every
+        self.folder, self.every = Path(folder), every
         self.saved_step = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -79,9 +62,13 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save_if_due(trainer)
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Wait for what is still being written."""
+        trainer.strategy.writer.wait()
+
     def _save_if_due(self, trainer: Any) -> None:
         step = trainer.global_step
         # Between the steps of accumulated gradients `global_step` stays, and nothing may be saved.
         if step % self.every == 0 and step != self.saved_step:
             self.saved_step = step
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(checkpoint_folder(self.folder, step))

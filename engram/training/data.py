@@ -38,12 +38,15 @@ class TokenData(lightning.LightningDataModule):
     token's document in its split). Validation batches also hold `domains` (number of the target's
     domain), `target_bytes` (bytes of text of the target, 0 for the end of text) and `repeated` (see `repeats`).
 
+    With `look_ahead` a training batch also holds `next_tokens` and `next_document_ids`, those of the batch after it.
+
     A checkpoint keeps `step`, the number of batches trained on so far, and training goes on from there.
     """
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__()
         self.config = config
+        self.look_ahead = False
         self._loaded_step = 0
 
     @property
@@ -197,8 +200,16 @@ class TrainBatches:
         self._data, self._rank, self._world_size = data, rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in count(self._data.step):
-            yield self._data.train_batch(step, self._rank, self._world_size)
+        batch = self._get(self._data.step)
+        for step in count(self._data.step + 1):
+            following = self._get(step)
+            if self._data.look_ahead:
+                batch |= {"next_tokens": following["tokens"], "next_document_ids": following["document_ids"]}
+            yield batch
+            batch = following
+
+    def _get(self, step: int) -> Batch:
+        return self._data.train_batch(step, self._rank, self._world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the data module keeps the step. That this exists tells Lightning that the loader resumes exactly."""

@@ -3,7 +3,8 @@
     python train.py fit --config configs/runs/tiny.yaml --trainer.max_steps 1000 --model.overrides.experts.top_k 2
 
 The run's folder (`--trainer.default_root_dir`) gets `config.yaml`, `metrics.csv`, `tb/` (TensorBoard), `progress.json`
-(about once a second), `checkpoints/last.ckpt` (go on with `--ckpt_path last`), and at its end `result.json`, `model/`.
+(about once a second), `checkpoints/` (go on with `--ckpt_path last`), and at its end `result.json`, `model/`.
+With several devices or nodes (`--trainer.devices`, torchrun, Slurm) the processes share the model as `parallel` says.
 """
 
 from __future__ import annotations
@@ -23,14 +24,24 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from engram.config import ConfigError, require
+from engram.parallel.checkpoint import last_checkpoint
+from engram.parallel.config import ParallelConfig
 from engram.training.atomic import atomic_file
-from engram.training.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint
+from engram.training.checkpoint import CHECKPOINTS, LastCheckpoint, resume_path
 from engram.training.data import TokenData
 from engram.training.environment import freeze_objects, prepare_process
 from engram.training.logs import Bar, CSVMetrics
 from engram.training.module import LitEngramLM, NonFiniteLossError
 from engram.training.recorder import EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_STOPPED, RunRecorder
+from engram.training.strategy import MeshStrategy
 
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+# Warnings of libraries about their own use of each other, or about what is meant here.
+_NO_NEWS = (
+    ".*LeafSpec.*",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "FSDP2-wrapped module .* returned a view tensor",
+)
 _DEFAULTS = {
     "trainer.precision": "bf16-mixed",
     "trainer.max_epochs": -1,
@@ -74,7 +85,14 @@ class TrainCLI(LightningCLI):
         """Add the settings that are neither the model's, the data's nor the trainer's."""
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of this process")
         parser.add_argument("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
+        parser.add_argument(
+            "--checkpoint_async", type=bool, default=False, help="write checkpoints while training goes on"
+        )
         parser.add_argument("--save_weights", type=bool, default=True, help="write the trained model as safetensors")
+        parser.add_argument(
+            "--parallel", type=ParallelConfig, default=ParallelConfig(), help="how processes share a model"
+        )
+        parser.add_argument("--timeout_s", type=float, default=600.0, help="how long a process waits for the others")
         parser.set_defaults(_DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -89,6 +107,13 @@ class TrainCLI(LightningCLI):
         threads, every = self._setting("threads"), self._setting("checkpoint_every")
         require(threads is None or threads >= 1, "threads", threads, "1 or more")
         require(every >= 1, "checkpoint_every", every, "1 or more")
+        trainer = self._setting("trainer")
+        precisions = ", ".join(PRECISIONS)
+        require(str(trainer.precision) in PRECISIONS, "trainer.precision", trainer.precision, f"one of {precisions}")
+        require(
+            trainer.strategy == "auto", "trainer.strategy", trainer.strategy, "auto: `parallel` says how processes work"
+        )
+        require(self._setting("timeout_s") > 0, "timeout_s", self._setting("timeout_s"), "above 0")
         prepare_process(threads)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
@@ -96,7 +121,7 @@ class TrainCLI(LightningCLI):
         given = self._setting("trainer")
         folder = given.default_root_dir
         recorder = RunRecorder(self._setting("seed_everything"), self._setting("save_weights"))
-        self.checkpoints = LastCheckpoint(f"{folder}/checkpoints", self._setting("checkpoint_every"))
+        self.checkpoints = LastCheckpoint(f"{folder}/{CHECKPOINTS}", self._setting("checkpoint_every"))
         frozen = LambdaCallback(on_train_start=lambda *_: freeze_objects())
         callbacks = [recorder, self.checkpoints, frozen]
         loggers = [CSVMetrics(folder), TensorBoardLogger(folder, name="", version="tb")]
@@ -104,12 +129,15 @@ class TrainCLI(LightningCLI):
             callbacks.append(Bar(refresh_rate=5))
         if given.val_check_interval is None:
             kwargs["val_check_interval"] = given.max_steps * given.accumulate_grad_batches
-        return super().instantiate_trainer(
+        parallel = self.config_init[self.config.subcommand].parallel
+        kwargs["strategy"] = MeshStrategy(parallel, self._setting("checkpoint_async"), self._setting("timeout_s"))
+        trainer = super().instantiate_trainer(
             callbacks=[*(given.callbacks or []), *callbacks],
             logger=loggers if self.subcommand == "fit" else False,  # a validation leaves the run's logs alone
-            plugins=[AtomicCheckpointIO()],
             **kwargs,
         )
+        parallel.sizes(trainer.world_size)  # refused before other processes are started
+        return trainer
 
     def fit(self, **kwargs: Any) -> None:
         """Train; if that ends before the last step, say how to go on."""
@@ -121,20 +149,14 @@ class TrainCLI(LightningCLI):
         step, steps = self.trainer.global_step, self.trainer.max_steps
         if stopped or step < steps:
             self.exit_code = EXIT_STOPPED
-            saved = self.checkpoints.saved_step and self.checkpoints.path.exists()
+            saved = self.checkpoints.saved_step and last_checkpoint(self.checkpoints.folder)
             hint = ": go on with --ckpt_path last" if saved else ""
             print(f"stopped at step {step} of {steps}{hint}", file=sys.stderr)
 
     def _parse_ckpt_path(self) -> None:
-        """Find the checkpoint; LightningCLI would read it all here, for settings that ours do not hold.
-
-        Raises `ConfigError` if it is not there: Lightning would train from the start where there is no last one.
-        """
+        """Find the checkpoint; LightningCLI would read it all here, for settings that ours do not hold."""
         settings = self.config[self.config.subcommand]
-        if settings.ckpt_path == "last":
-            settings.ckpt_path = f"{settings.trainer.default_root_dir}/checkpoints/{LAST}"
-        path = settings.ckpt_path
-        require(path is None or Path(path).is_file(), "ckpt_path", path, "the file of a checkpoint, or last")
+        settings.ckpt_path = resume_path(settings.ckpt_path, Path(settings.trainer.default_root_dir))
 
     def _setting(self, name: str) -> Any:
         return self.config[self.config.subcommand][name]
@@ -143,7 +165,8 @@ class TrainCLI(LightningCLI):
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. What a user can put right ends in one line on stderr."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips, and what accelerators are not there
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    for message in _NO_NEWS:
+        warnings.filterwarnings("ignore", message=message)
     try:
         return TrainCLI(
             LitEngramLM,

@@ -17,7 +17,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from engram.backbone import EngramLM, ModelOutput, mean_loss, token_losses
+from engram.backbone.initialize import materialize
 from engram.config import ConfigError, ModelConfig, load_yaml, require
+from engram.parallel.apply import parallelize
+from engram.parallel.mesh import Mesh
+from engram.parallel.prefetch import Prefetch
 from engram.training.data import TokenData
 from engram.training.identity import require_same_tokenizer, tokenizer_identity
 from engram.training.optim import OptimConfig, build_optimizer, clip_gradients
@@ -57,6 +61,7 @@ class LitEngramLM(lightning.LightningModule):
         self._loads: list[Tensor] = []
         self._sums = torch.zeros(0)
         self._random_state: Tensor | None = None
+        self._prefetch: Prefetch | None = None
 
     @property
     def data(self) -> TokenData:
@@ -84,7 +89,26 @@ class LitEngramLM(lightning.LightningModule):
         name = data.config.tokenizer or f"BPE of {data.vocab_size} ids trained on {data.config.source}"
         self.tokenizer_identity = tokenizer_identity(data.tokenizer, name, compressor)
         self.lookup = compressor.lookup
-        self.model = EngramLM(config, self.lookup)
+        with torch.device("meta"):
+            model = EngramLM(config, self.lookup)
+        seed, device, mesh = torch.initial_seed(), self.trainer.strategy.root_device, self._mesh
+        if mesh is None:
+            materialize(model, device, seed)
+        else:
+            parallelize(model, mesh, device, seed)
+            if self.trainer.strategy.parallel.prefetch:  # type: ignore[attr-defined]
+                self._prefetch = Prefetch(model)
+                data.look_ahead = True
+        self.model = model
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        """That of the trainer's strategy; None with one process, or another strategy."""
+        return getattr(self.trainer.strategy, "mesh", None)
+
+    @property
+    def _n_ranks(self) -> int:
+        return self.trainer.world_size
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the checkpoint, if training resumes from one."""
@@ -93,16 +117,29 @@ class LitEngramLM(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of a batch in nats, auxiliary losses added."""
-        output = self.model.run(batch["tokens"], batch["document_ids"])
+        ids, documents = batch["tokens"], batch["document_ids"]
+        if self._prefetch is not None:
+            self._prefetch.start(ids, documents, batch["next_tokens"], batch["next_document_ids"])
+        output = self.model.run(ids, documents)
         loss = mean_loss(output.hidden, self.model.head_weight, batch["targets"])
-        self._require_finite("training loss", loss)
+        if self._prefetch is not None:
+            self._prefetch.ask()
+        of_all = self._mean_over_ranks(loss.detach())
+        self._require_finite("training loss", of_all)
         if output.routing:
             self._loads.append(torch.stack([stats.load_E for stats in output.routing]))
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", of_all, prog_bar=True)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log_dict(_measured(output))
+            self.log_dict(_measured(output), sync_dist=self._n_ranks > 1)
             self.log_dict({f"lr/{g['name']}": g["lr"] for g in self.trainer.optimizers[0].param_groups})
         return loss + sum((stats.aux_loss for stats in output.routing), loss.new_zeros(()))
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        """What all ranks then know alike: they must go on, or stop, together."""
+        if self._n_ranks > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+        return value / self._n_ranks
 
     def _require_finite(self, what: str, value: Tensor) -> None:
         # Asked before the weights move, so that no checkpoint can hold what is broken; a device waits for the answer.
@@ -124,7 +161,7 @@ class LitEngramLM(lightning.LightningModule):
             return
         load = torch.stack(self._loads).sum(0)
         self._loads.clear()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self._n_ranks > 1:
             torch.distributed.all_reduce(load)
         for layer, load_E in zip(self.model.moe_layers(), load, strict=True):
             layer.update_balance(load_E)
@@ -138,8 +175,7 @@ class LitEngramLM(lightning.LightningModule):
         """Clip by the global norm, row-sparse gradients included; Lightning's flag wins over `optim.clip`."""
         bound = self.optim_config.clip if gradient_clip_val is None else float(gradient_clip_val)
         norm = clip_gradients(self, bound)
-        if self.trainer.precision != "16-mixed":  # there the loss scaler looks for itself, and skips the step
-            self._require_finite("gradient norm", norm)
+        self._require_finite("gradient norm", norm)
         self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> Any:
@@ -170,7 +206,7 @@ class LitEngramLM(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log nats a token and bits a byte, in total, by domain, and for new and repeated pairs of tokens."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self._n_ranks > 1:
             torch.distributed.all_reduce(self._sums)
         domains = self.data.domains
         named = {"": self._sums[: len(domains)].sum(0)}
@@ -183,10 +219,12 @@ class LitEngramLM(lightning.LightningModule):
         self.log_dict(values, prog_bar=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what a checkpoint must match, the configs and the tokenizer, and the random state."""
+        """Keep what a checkpoint must match, the configs and the tokenizer, which also go to the trained model, and the
+        random state."""
         checkpoint["model_config"] = self.model_config.to_dict()
         checkpoint["optim_config"] = dataclasses.asdict(self.optim_config)
         checkpoint["tokenizer"] = self.tokenizer_identity
+        checkpoint["tokenizer_json"], checkpoint["token_lookup"] = self.data.tokenizer.to_str(), self.lookup
         checkpoint["random_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -17,10 +17,11 @@ import torch
 
 from engram.budget import ParameterBudget
 from engram.config import require
+from engram.parallel.checkpoint import CheckpointWriter, remove_checkpoint
 from engram.training.atomic import write_json
 from engram.training.logs import CSVMetrics
 from engram.training.module import LitEngramLM
-from engram.training.weights import save_model
+from engram.training.weights import save_checkpoints_model, save_model
 
 PROGRESS, RESULT = "progress.json", "result.json"
 # How a run ended, if not well.
@@ -95,17 +96,16 @@ class RunRecorder(lightning.Callback):
         self._began = time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Tell the last progress."""
+        """Tell the last progress; write the trained model if the run came to its last step."""
         self._write_progress(trainer, pl_module)
+        if self.save_weights and trainer.global_step >= trainer.max_steps:
+            self._save_model(trainer, pl_module, Path(trainer.default_root_dir) / "model")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the result if the run came to its last step."""
         if not trainer.is_global_zero or trainer.global_step < trainer.max_steps:
             return
-        folder, data = Path(trainer.default_root_dir), pl_module.data
-        if self.save_weights:
-            save_model(pl_module.model, folder / "model", pl_module.lookup, data.tokenizer)
-        path = folder / RESULT
+        data, path = pl_module.data, Path(trainer.default_root_dir) / RESULT
         write_json(
             path,
             {
@@ -131,6 +131,19 @@ class RunRecorder(lightning.Callback):
             },
         )
         print(f"result: {path}")
+
+    def _save_model(self, trainer: Any, module: LitEngramLM, folder: Path) -> None:
+        """Write the trained model; of one that is spread over processes each writes its part first."""
+        if trainer.world_size == 1:
+            save_model(module.model, folder, module.lookup, module.data.tokenizer)
+            return
+        run: dict[str, Any] = {}
+        module.on_save_checkpoint(run)
+        parts = folder.with_name(f".{folder.name}.parts")
+        CheckpointWriter().save(parts, module.model, [], run)
+        if trainer.is_global_zero:
+            save_checkpoints_model(parts, folder)
+            remove_checkpoint(parts)
 
     def tokens_per_second(self, module: LitEngramLM) -> float:
         """Training speed so far, over all ranks; 0 before the second step."""

@@ -42,7 +42,7 @@ def one_token_at_a_time(layer: MoE, x: Tensor) -> Tensor:
         y = torch.zeros_like(token)
         for e in chosen:
             weight = config.route_scale * scores[e] / norm
-            y = y + weight * swiglu(token, layer.w_gate_up[e], layer.w_down[e])
+            y = y + weight * swiglu(token, layer.experts.w_gate_up[e], layer.experts.w_down[e])
         if layer.shared is not None:
             y = y + swiglu(token, layer.shared.gate_up.weight.T, layer.shared.down.weight.T)
         outputs.append(y)
@@ -87,8 +87,8 @@ def test_it_is_mixtrals_block_with_the_same_weights(dtype: torch.dtype) -> None:
         torch.nn.init.normal_(parameter, std=0.5)
     ours = MoE(MoEConfig(n_experts=8, top_k=3, width=12, d_model=16, score="softmax")).to(dtype)
     ours.router.weight.data.copy_(theirs.gate.weight)
-    ours.w_gate_up.data.copy_(theirs.experts.gate_up_proj.transpose(1, 2))
-    ours.w_down.data.copy_(theirs.experts.down_proj.transpose(1, 2))
+    ours.experts.w_gate_up.data.copy_(theirs.experts.gate_up_proj.transpose(1, 2))
+    ours.experts.w_down.data.copy_(theirs.experts.down_proj.transpose(1, 2))
     x = torch.randn(2, 40, 16, dtype=dtype, requires_grad=True)
     seed = torch.randn(x.shape, dtype=dtype)
     tolerance = {"rtol": 1e-4, "atol": 1e-4}  # Mixtral takes its softmax in float32 whatever the type
@@ -97,8 +97,10 @@ def test_it_is_mixtrals_block_with_the_same_weights(dtype: torch.dtype) -> None:
     result, reference = gradients((y * seed).sum(), x, ours), gradients((expected * seed).sum(), x, theirs)
     torch.testing.assert_close(result["x"], reference["x"], **tolerance)
     torch.testing.assert_close(result["router.weight"], reference["gate.weight"], **tolerance)
-    torch.testing.assert_close(result["w_gate_up"], reference["experts.gate_up_proj"].transpose(1, 2), **tolerance)
-    torch.testing.assert_close(result["w_down"], reference["experts.down_proj"].transpose(1, 2), **tolerance)
+    torch.testing.assert_close(
+        result["experts.w_gate_up"], reference["experts.gate_up_proj"].transpose(1, 2), **tolerance
+    )
+    torch.testing.assert_close(result["experts.w_down"], reference["experts.down_proj"].transpose(1, 2), **tolerance)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -123,8 +125,8 @@ def test_it_is_deepseek_v3s_block_with_the_same_weights_and_selection_bias(norma
     assert ours.shared is not None
     ours.router.weight.data.copy_(theirs.gate.weight)
     ours.router.bias.copy_(theirs.gate.e_score_correction_bias)
-    ours.w_gate_up.data.copy_(theirs.experts.gate_up_proj.transpose(1, 2))
-    ours.w_down.data.copy_(theirs.experts.down_proj.transpose(1, 2))
+    ours.experts.w_gate_up.data.copy_(theirs.experts.gate_up_proj.transpose(1, 2))
+    ours.experts.w_down.data.copy_(theirs.experts.down_proj.transpose(1, 2))
     gate_up = torch.cat([theirs.shared_experts.gate_proj.weight, theirs.shared_experts.up_proj.weight])
     ours.shared.gate_up.weight.data.copy_(gate_up)
     ours.shared.down.weight.data.copy_(theirs.shared_experts.down_proj.weight)
@@ -136,8 +138,8 @@ def test_it_is_deepseek_v3s_block_with_the_same_weights_and_selection_bias(norma
     for name, value in {
         "x": reference["x"],
         "router.weight": reference["gate.weight"],
-        "w_gate_up": reference["experts.gate_up_proj"].transpose(1, 2),
-        "w_down": reference["experts.down_proj"].transpose(1, 2),
+        "experts.w_gate_up": reference["experts.gate_up_proj"].transpose(1, 2),
+        "experts.w_down": reference["experts.down_proj"].transpose(1, 2),
         "shared.down.weight": reference["shared_experts.down_proj.weight"],
     }.items():
         torch.testing.assert_close(result[name], value, rtol=1e-4, atol=2e-4)
@@ -167,8 +169,8 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts() -> None:
     assert stats.dropped == 0
     torch.testing.assert_close(y, one_token_at_a_time(layer, x), rtol=1e-11, atol=1e-12)
     y.square().sum().backward()
-    assert layer.w_gate_up.grad is not None
-    assert layer.w_gate_up.grad.flatten(1).any(1).tolist() == [load > 0 for load in stats.load_E]
+    assert layer.experts.w_gate_up.grad is not None
+    assert layer.experts.w_gate_up.grad.flatten(1).any(1).tolist() == [load > 0 for load in stats.load_E]
 
 
 @pytest.mark.parametrize(("d_model", "width"), [(32, 16), (256, 72)], ids=["small experts", "large experts"])
@@ -208,8 +210,8 @@ def test_fresh_weights_keep_the_variance_of_unit_inputs() -> None:
     layer = MoE(MoEConfig(n_experts=16, top_k=2, width=512, shared_width=384, d_model=256))
     fan_in = {
         "router.weight": 256,
-        "w_gate_up": 256,
-        "w_down": 512,
+        "experts.w_gate_up": 256,
+        "experts.w_down": 512,
         "shared.gate_up.weight": 256,
         "shared.down.weight": 384,
     }
@@ -244,5 +246,5 @@ def test_the_layer_compiles_into_one_graph() -> None:
     expected = one_token_at_a_time(wide, x64)
     assert (y - expected).norm() < 1e-2 * expected.norm()
     reference = gradients(expected.square().sum(), x64, wide)
-    for name in ("x", "w_gate_up", "w_down", "shared.down.weight"):
+    for name in ("x", "experts.w_gate_up", "experts.w_down", "shared.down.weight"):
         assert (result[name] - reference[name]).norm() < 3e-2 * reference[name].norm(), name

@@ -17,6 +17,7 @@ import yaml
 
 from engram.cli import main
 from engram.config import ConfigError
+from engram.parallel.checkpoint import last_checkpoint
 from engram.sweep.launch import LocalJob, run_sweep
 from engram.sweep.plan import Point, SweepPlan
 from engram.sweep.progress import LineDisplay
@@ -228,8 +229,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepPlan, Path]:
     plan, path = plan_at(tmp_path_factory.mktemp("sweep"), tokens=8192, evaluations=4)
     process = subprocess.Popen([sys.executable, "-m", "engram.cli", "sweep", "run", str(path)], start_new_session=True)
     deadline = time.monotonic() + 200
-    checkpoint = plan.points()[0].folder / "checkpoints" / "last.ckpt"
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+    checkpoints = plan.points()[0].folder / "checkpoints"
+    while last_checkpoint(checkpoints) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

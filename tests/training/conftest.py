@@ -10,8 +10,8 @@ import pytest
 import yaml
 from small_run import MODEL, Run, merge
 
-from engram.training.checkpoint import AtomicCheckpointIO
 from engram.training.main import main
+from engram.training.strategy import MeshStrategy
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +60,14 @@ Train = Callable[..., Run]
 @pytest.fixture
 def train(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Trains in `tmp_path / name` with settings changed by dotted keys; leaves a copy of each checkpoint there, as
-    `step-N.ckpt`."""
-    save = AtomicCheckpointIO.save_checkpoint
+    `step-N`."""
+    save = MeshStrategy.save_checkpoint
 
-    def save_and_keep(self: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_and_keep(self: MeshStrategy, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         save(self, checkpoint, path, storage_options)
-        shutil.copy(path, Path(path).parent.parent / f"step-{checkpoint['global_step']}.ckpt")
+        self.writer.wait()
+        copy = Path(path).parent.parent / f"step-{checkpoint['global_step']}"
+        shutil.copytree(path, copy, dirs_exist_ok=True)
 
     def run(name: str = "run", resume: Path | None = None, flags: tuple[str, ...] = (), **changes: Any) -> Run:
         folder = tmp_path / name
@@ -73,7 +75,7 @@ def train(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         changed = merge(settings, {key.replace("__", "."): value for key, value in changes.items()})
         changed["trainer"]["default_root_dir"] = str(folder)
         (folder / "run.yaml").write_text(yaml.safe_dump(changed))
-        monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_keep)
+        monkeypatch.setattr(MeshStrategy, "save_checkpoint", save_and_keep)
         monkeypatch.setattr("sys.argv", ["train.py"])
         more = ["--ckpt_path", str(resume)] if resume else []
         return Run(main(["fit", "--config", str(folder / "run.yaml"), *more, *flags]), folder)

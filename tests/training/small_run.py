@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from engram.parallel.checkpoint import last_checkpoint
 
 MODEL = {
     "vocab_size": 300,
@@ -34,12 +38,23 @@ class Run:
 
     @property
     def checkpoint(self) -> dict[str, Any]:
-        return torch.load(self.folder / "checkpoints" / "last.ckpt", weights_only=True)
+        """The last one."""
+        path = last_checkpoint(self.folder / "checkpoints")
+        assert path is not None
+        return read_checkpoint(path)
 
     def column(self, name: str) -> dict[int, float]:
         """Logged values by step."""
         with (self.folder / "metrics.csv").open() as file:
             return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """All that a checkpoint of one process holds, its tensors under `tensors`."""
+    contents = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in contents.items()}
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return {"tensors": tensors, **torch.load(folder / "run.pt", weights_only=True)}
 
 
 def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -3,21 +3,24 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import yaml
-from small_run import MODEL, Run
+from small_run import MODEL, Run, read_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from engram.backbone import EngramLM
 from engram.config import ModelConfig, build_config
 from engram.experts import MoE
+from engram.parallel.checkpoint import last_checkpoint, load
 from engram.training import module
 from engram.training.data import DataConfig, TokenData
 from engram.training.module import merged
@@ -34,8 +37,7 @@ def data(settings: dict[str, Any]) -> TokenData:
 def model_of(checkpoint: Path, data: TokenData) -> EngramLM:
     """The model of a checkpoint, in float64."""
     built = EngramLM(ModelConfig.from_dict(MODEL), data.compressor().lookup)
-    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
-    built.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+    load(checkpoint, built)
     return built.double()
 
 
@@ -52,13 +54,13 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_training_loss_is_the_mean_cross_entropy_of_the_steps_batch(train: Train, data: TokenData) -> None:
     run = train(**EXACT)
-    expected = nats(model_of(run.folder / "step-4.ckpt", data), data.train_batch(4)).mean()
+    expected = nats(model_of(run.folder / "step-4", data), data.train_batch(4)).mean()
     assert run.column("train/loss")[4] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_validation_is_nats_a_token_and_bits_a_byte_in_total_and_by_kind(train: Train, data: TokenData) -> None:
     run = train(**EXACT)
-    model = model_of(run.folder / "step-4.ckpt", data)
+    model = model_of(run.folder / "step-4", data)
     batches = list(data.val_dataloader())
     losses = torch.cat([nats(model, batch) for batch in batches])
     n_bytes = torch.cat([batch["target_bytes"].flatten() for batch in batches])
@@ -87,7 +89,7 @@ def test_the_routers_bias_moves_against_the_load_of_all_micro_batches_of_a_step(
 
     monkeypatch.setattr(MoE, "update_balance", note_and_update)
     run = train(**EXACT, trainer__accumulate_grad_batches=2, checkpoint_every=1, trainer__val_check_interval=16)
-    before, after = (model_of(run.folder / f"step-{n}.ckpt", data) for n in (1, 2))
+    before, after = (model_of(run.folder / f"step-{n}", data) for n in (1, 2))
     batches = [data.train_batch(step) for step in (2, 3)]
     load = sum(before.float().run(b["tokens"], b["document_ids"]).routing[0].load_E for b in batches)
     assert isinstance(load, Tensor)
@@ -105,7 +107,7 @@ def test_two_micro_batches_are_one_batch_of_twice_the_size(train: Train) -> None
     parts = train("parts", trainer__accumulate_grad_batches=2, trainer__val_check_interval=8, **kept)
     whole = train("whole", data__config__batch_size=8, **kept)
     assert parts.column("train/grad_norm")[0] == pytest.approx(whole.column("train/grad_norm")[0], rel=1e-5)
-    biases = [torch.load(run.folder / "step-1.ckpt", weights_only=True)["state_dict"] for run in (parts, whole)]
+    biases = [read_checkpoint(run.folder / "step-1")["tensors"] for run in (parts, whole)]
     name = "model.blocks.1.ffn.router.bias"
     assert torch.equal(biases[0][name], biases[1][name])
     assert parts.result["tokens"] == whole.result["tokens"] == 4 * 8 * 16
@@ -135,11 +137,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_windows(
     train: Train, data: TokenData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sound = train("sound").folder
-    checkpoint = torch.load(sound / "step-4.ckpt", weights_only=True)
-    checkpoint["state_dict"]["model.norm.weight"][3] = torch.nan
-    torch.save(checkpoint, sound / "broken.ckpt")
+    checkpoint = read_checkpoint(sound / "step-4")
+    checkpoint["tensors"]["model.norm.weight"][3] = torch.nan
+    shutil.copytree(sound / "step-4", sound / "broken")
+    dcp.save(checkpoint["tensors"], checkpoint_id=sound / "broken", no_dist=True)
     capsys.readouterr()
-    run = train("stopped", resume=sound / "broken.ckpt")
+    run = train("stopped", resume=sound / "broken")
     assert run.code == 3
     said = last_line(capsys)
     found = re.fullmatch(
@@ -150,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_windows(
     windows = [stream[16 * w : 16 * w + 16] for w in map(int, found[1].split(", "))]
     assert torch.equal(torch.stack(windows), data.train_batch(4)["tokens"])
     assert not (run.folder / "result.json").exists()
-    assert not (run.folder / "checkpoints" / "last.ckpt").exists()
+    assert last_checkpoint(run.folder / "checkpoints") is None
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(
@@ -216,7 +219,7 @@ def test_a_finished_run_leaves_its_result_progress_and_settings(train: Train, da
     saved = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert saved["model"]["overrides"] == {"experts.top_k": 1}
     files = {"config.yaml", "metrics.csv", "progress.json", "result.json", "run.yaml", "checkpoints", "model", "tb"}
-    assert {path.name for path in run.folder.iterdir() if path.suffix != ".ckpt"} == files
+    assert {path.name for path in run.folder.iterdir() if not path.name.startswith("step-")} == files
 
 
 def test_the_settings_a_run_wrote_make_the_same_run(train: Train, tmp_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_without_an_interval_the_end_is_validated(train: Train) -> None:
         ({"trainer__val_check_interval": 0.5}, "`val_check_interval` should be an integer"),
         ({"flags": ("--trainer.enable_checkpointing", "false")}, "Trainer was configured with `enable_checkpointing"),
         ({"flags": ("--ckpt_path", "last")}, "ckpt_path is '"),
-        ({"flags": ("--ckpt_path", "best")}, "ckpt_path is 'best': allowed is the file of a checkpoint, or last"),
+        ({"flags": ("--ckpt_path", "best")}, "ckpt_path is 'best': allowed is the folder of a checkpoint"),
         ({"flags": ("--trainer.default_root_dir", "/dev/null/run")}, "cannot use '/dev/null"),
     ],
 )

@@ -29,7 +29,7 @@ def names_by_role(model: EngramLM) -> dict[str, set[str]]:
 def test_roles_are_what_the_names_say() -> None:
     expected = {
         "tables": {"memory.1.table.weight"},
-        "stacks": {"blocks.1.ffn.w_gate_up", "blocks.1.ffn.w_down"},
+        "stacks": {"blocks.1.ffn.experts.w_gate_up", "blocks.1.ffn.experts.w_down"},
         "embeddings": {"embed.weight", "head.weight"},
         "matrices": {
             *(f"blocks.{i}.attention.{name}.weight" for i in range(2) for name in ("qkv", "out")),

@@ -1,6 +1,7 @@
 """Checkpoints: a run that was stopped ends as one that never was, to the last bit."""
 
 import os
+import pickle
 import re
 import resource
 import signal
@@ -15,10 +16,10 @@ import pytest
 import torch
 import yaml
 from small_run import Run
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram.config import ConfigError
-from engram.training.checkpoint import AtomicCheckpointIO
+from engram.parallel.checkpoint import CheckpointWriter, last_checkpoint, load, read_run
 from engram.training.module import LitEngramLM
 from engram.training.tokenizer import train_bpe
 
@@ -38,7 +39,7 @@ def tensors(value: Any, where: str = "") -> dict[str, Tensor]:
 
 def assert_same_state(one: Run, other: Run) -> None:
     """Weights, routers' biases, moments, schedules, random state and data position."""
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_state", "TokenData", "global_step"):
+    for key in ("tensors", "optimizers", "lr_schedulers", "random_state", "TokenData", "global_step"):
         a, b = tensors(one.checkpoint[key]), tensors(other.checkpoint[key])
         assert a.keys() == b.keys()
         assert a or key == "global_step"
@@ -71,7 +72,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(train: Train, stop: int, c
     if changes.get("model__model__memory__kind") == "additive_bigram":
         changes["model__model__memory__row_width"] = 8
     whole = train("whole", **changes)
-    rest = train("rest", resume=whole.folder / f"step-{stop}.ckpt", **changes)
+    rest = train("rest", resume=whole.folder / f"step-{stop}", **changes)
     assert whole.code == rest.code == 0
     losses, later = whole.column("train/loss"), rest.column("train/loss")
     assert list(losses) == list(range(changes.get("trainer__max_steps", 8)))
@@ -85,7 +86,7 @@ def test_a_validation_that_falls_on_a_checkpoint_is_neither_lost_nor_doubled(tra
     whole = train("whole")
     assert [entry["step"] for entry in whole.result["history"]] == [4, 8]
     for stop in (4, 8):
-        rest = train(f"from-{stop}", resume=whole.folder / f"step-{stop}.ckpt")
+        rest = train(f"from-{stop}", resume=whole.folder / f"step-{stop}")
         assert rest.result["history"] == whole.result["history"]
 
 
@@ -103,7 +104,7 @@ def test_draws_after_a_resume_are_those_of_the_run_that_never_stopped(
     whole = train("whole")
     expected = drawn[4:]
     drawn.clear()
-    train("rest", resume=whole.folder / "step-4.ckpt")
+    train("rest", resume=whole.folder / "step-4")
     assert drawn == expected
     assert len(set(expected)) == 4
 
@@ -120,13 +121,14 @@ def test_a_killed_process_goes_on_where_its_checkpoint_was(train: Train, tmp_pat
     command = [sys.executable, "-m", "engram.training.main", "fit", "--config", str(killed / "run.yaml")]
     with (killed / "log.txt").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).parents[2])
-    last = killed / "checkpoints" / "last.ckpt"
-    while not last.exists() and process.poll() is None:
+    while last_checkpoint(killed / "checkpoints") is None and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, (killed / "log.txt").read_text()
     assert not (killed / "result.json").exists()
-    stopped_at = torch.load(last, weights_only=True)["global_step"]
+    last = last_checkpoint(killed / "checkpoints")
+    assert last is not None
+    stopped_at = read_run(last)["global_step"]
     assert 0 < stopped_at < 160
     rest = train("killed", resume=last, **changes)
     later = {step: loss for step, loss in whole.column("train/loss").items() if step >= stopped_at}
@@ -139,7 +141,7 @@ def test_a_killed_process_goes_on_where_its_checkpoint_was(train: Train, tmp_pat
 def test_a_checkpoint_is_refused_by_a_run_with_another_tokenizer_model_optimiser_or_data(
     train: Train, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = train("first").folder / "step-4.ckpt"
+    first = train("first").folder / "step-4"
     train_bpe(iter(["another text"]), 280).save(str(tmp_path / "tokenizer.json"))
     refusals = {
         "tokenizer is that of '.*tokenizer.json' .*: the model was trained with that of "
@@ -163,33 +165,41 @@ def test_a_checkpoint_is_refused_by_a_run_with_another_tokenizer_model_optimiser
         assert re.match(f"error: {message}", said), said
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ("cut", "checkpoint {!r} cannot be read: "),
-        ("text", "checkpoint {!r} cannot be read: "),
-        ("junk", "checkpoint {!r} cannot be read: "),
-        ("foreign", "checkpoint {!r} was not saved by this package's trainer"),
-        ("gone", "ckpt_path is {!r}: allowed is the file of a checkpoint, or last"),
-    ],
-)
+@pytest.mark.parametrize("name", ["run.pt", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", ["cut", "text", "junk", "gone"])
 def test_a_checkpoint_that_cannot_be_read_is_named(
-    train: Train, damage: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    train: Train, name: str, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "broken.ckpt"
-    if damage == "cut":
-        whole = train("whole").folder / "step-4.ckpt"
-        path.write_bytes(whole.read_bytes()[:5000])
-    elif damage == "text":
-        path.write_text("no checkpoint")
-    elif damage == "junk":
-        path.write_bytes(b"\x80\x02U")  # a pickle that ends amid a number: struct.error
-    elif damage == "foreign":
-        torch.save({"weights": torch.zeros(3)}, path)
-    assert train("rest", resume=path).code == 2
+    folder = train("whole").folder / "step-4"
+    path = folder / name
+    content = {
+        "cut": path.read_bytes()[: path.stat().st_size // 3],
+        "text": b"no checkpoint",
+        "junk": b"\x80\x02U",  # a pickle that ends amid a number: struct.error
+        "gone": None,
+    }[damage]
+    path.unlink() if content is None else path.write_bytes(content)
+    capsys.readouterr()
+    assert train("rest", resume=folder).code == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
-    assert said[0].startswith(f"error: {message.format(str(path))}")
+    assert said[0].startswith(f"error: checkpoint {str(folder)!r} cannot be read: ")
+
+
+def test_what_is_no_checkpoint_of_a_run_is_refused(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    torch.save({"weights": torch.zeros(3)}, foreign / "run.pt")
+    for path, message in {
+        foreign: f"checkpoint {str(foreign)!r} was not saved by this package's trainer",
+        tmp_path
+        / "gone": f"ckpt_path is {str(tmp_path / 'gone')!r}: allowed is the folder of a checkpoint, last, or auto",
+    }.items():
+        capsys.readouterr()
+        assert train("rest", resume=path).code == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
 
 
 class Trap:
@@ -202,28 +212,34 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
-    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "evil.ckpt")
-    with pytest.raises(ConfigError, match=r"evil\.ckpt' cannot be read"):
-        AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
+@pytest.mark.parametrize("name", ["run.pt", ".metadata"])
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, name: str) -> None:
+    model = nn.Linear(2, 2)
+    CheckpointWriter().save(tmp_path / "step-1", model, [], {})
+    trap = Trap(tmp_path / "sprung")
+    with (tmp_path / "step-1" / name).open("wb") as file:
+        torch.save(trap, file) if name == "run.pt" else pickle.dump(trap, file)
+    with pytest.raises(ConfigError, match="step-1' cannot be read"):
+        load(tmp_path / "step-1", model)
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_half_written(tmp_path: Path, asynchronous: bool) -> None:
     """The limit on file size is how a test can fill a disk: the write fails in its middle."""
-    path = tmp_path / "last.ckpt"
-    saver = AtomicCheckpointIO()
-    saver.save_checkpoint({"step": 1}, path)
-    old = path.read_bytes()
+    model, writer = nn.Linear(400, 100), CheckpointWriter(asynchronous)
+    writer.save(tmp_path / "step-1", model, [], {})
+    writer.wait()
+    old = {path.name: path.read_bytes() for path in (tmp_path / "step-1").iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(ConfigError, match=r"cannot write '.*last\.ckpt': File too large"):
-            saver.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
+        with pytest.raises(ConfigError, match=r"checkpoint '.*step-2' cannot be written: .*File too large"):
+            (writer.save(tmp_path / "step-2", model, [], {}), writer.wait())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "step-1").iterdir()} == old
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
 def test_a_run_whose_disk_is_full_stops_with_one_line(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,7 +253,9 @@ def test_a_run_whose_disk_is_full_stops_with_one_line(train: Train, capsys: pyte
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert run.code == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1] == f"error: cannot write {str(run.folder / 'checkpoints' / 'last.ckpt')!r}: File too large"
+    folder = run.folder / "checkpoints" / "step-00000004"
+    assert said[-1].startswith(f"error: checkpoint {str(folder)!r} cannot be written: ")
+    assert said[-1].endswith("File too large")
     assert "Traceback" not in "\n".join(said)
     assert list((run.folder / "checkpoints").iterdir()) == []
     assert not (run.folder / "result.json").exists()

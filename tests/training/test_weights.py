@@ -67,7 +67,7 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="m' holds no model that can be read: unknown setting colour"):
         load_model(tmp_path / "m")
     config.write_text(json.dumps(settings | {"d_model": 64, "experts": None, "memory": None, "n_dense_layers": 2}))
-    with pytest.raises(ConfigError, match=r"m': model.safetensors does not fit config.json: .*Missing key"):
+    with pytest.raises(ConfigError, match=r"m': weights do not fit config.json: .*Missing key"):
         load_model(tmp_path / "m")
     config.write_text(json.dumps(settings))
     weights.write_bytes(whole[: len(whole) // 2])

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from engram.backbone import EngramLM
 from engram.config import SecondMoment, require, require_one_of
+from engram.parallel.local import copies_of, is_spread, local_part
 from engram.tensors import widen
 from engram.training.optim.muon import BatchedMuon
 from engram.training.optim.roles import Roles
 from engram.training.optim.row_adam import RowAdam, coalesced
+from engram.training.optim.sharded_muon import ShardedMuon
 from engram.training.optim.together import Together
 from engram.training.schedule import ScheduleConfig
 
@@ -70,8 +73,8 @@ def build_optimizer(model: EngramLM, config: OptimConfig) -> Together:
     schedule of the config it follows."""
     roles = Roles.of(model)
     # An embedding is a list of vectors and no linear map, so Muon's orthogonal updates have no meaning for it.
-    maps = [*roles.matrices, *roles.stacks]
-    decayed = {"embeddings": roles.embeddings} | ({"matrices": maps} if config.matrix_optimizer == "adamw" else {})
+    maps = {"matrices": roles.matrices, "experts": roles.stacks}
+    decayed = {"embeddings": roles.embeddings} | (maps if config.matrix_optimizer == "adamw" else {})
     groups = [_group(name, parameters, weight_decay=config.weight_decay) for name, parameters in decayed.items()]
     groups.append(_group("vectors", roles.vectors, weight_decay=0.0))
     betas = (config.beta1, config.beta2)
@@ -79,10 +82,10 @@ def build_optimizer(model: EngramLM, config: OptimConfig) -> Together:
         torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
     ]
     if config.matrix_optimizer == "muon":
-        maps_of = {"matrices": roles.matrices, "experts": roles.stacks}
-        muon = [_group(name, parameters) for name, parameters in maps_of.items() if parameters]
+        muon = [_group(name, parameters) for name, parameters in maps.items() if parameters]
         if muon:
-            optimizers.append(BatchedMuon(muon, config.lr, config.weight_decay))
+            kind = ShardedMuon if is_spread(model) else BatchedMuon
+            optimizers.append(kind(muon, config.lr, config.weight_decay))
     if roles.tables:
         tables = [_group("tables", roles.tables, schedule="table_schedule")]
         lr = config.lr * config.table_lr_factor
@@ -99,18 +102,27 @@ def _group(name: str, params: list[nn.Parameter], schedule: str = "schedule", **
 def clip_gradients(model: nn.Module, bound: float) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `bound` (0: leave them); returns the norm before.
 
-    Row-sparse gradients are coalesced, counted by the rows they hold, and stay sparse.
+    Row-sparse gradients are coalesced, counted by the rows they hold, and stay sparse. Of a model that is spread over
+    processes everything is counted once, however many hold it; all of them must call this.
     """
-    dense, rows = [], []
+    copies = copies_of(model)
+    gradients: dict[tuple[int, torch.dtype], list[Tensor]] = {}  # lists of one type are scaled in one pass
     for p in model.parameters():
         if p.grad is not None:
             if p.grad.is_sparse:
                 p.grad = coalesced(p.grad)
-                rows.append(p.grad.values())
-            else:
-                dense.append(p.grad)
-    norm = torch.nn.utils.get_total_norm([*dense, *map(widen, rows)])
+            values = p.grad.values() if p.grad.is_sparse else local_part(p.grad)
+            gradients.setdefault((copies[p], values.dtype), []).append(values)
+    norms = {kind: torch.nn.utils.get_total_norm(list(map(widen, some))) for kind, some in gradients.items()}
+    total = sum((norm.square() / n for (n, _), norm in norms.items()), torch.zeros((), device=_device_of(model)))
+    if is_spread(model):
+        dist.all_reduce(total)
+    norm = total.sqrt()
     if bound:
-        for gradients in filter(None, (dense, rows)):  # apart: a list of one type is scaled in one pass
-            torch._foreach_mul_(gradients, (bound / (norm + 1e-6)).clamp(max=1.0))
+        for some in gradients.values():
+            torch._foreach_mul_(some, (bound / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -6,7 +6,7 @@ compare the two matrix by matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engram.config import require
 from engram.kernels import load_kernels, orthogonalize
+from engram.parallel.local import local_part
 
 _TOGETHER = 2**22  # numbers in a batch of matrices, which is a copy: beyond that nothing is won by batching
 
@@ -46,7 +47,7 @@ class BatchedMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for weights in _batches([p for p in group["params"] if p.grad is not None]):
+            for weights in self._rounds([p for p in group["params"] if p.grad is not None]):
                 self._move(weights, group)
         return loss
 
@@ -55,27 +56,41 @@ class BatchedMuon(torch.optim.Optimizer):
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        averages = [self.state[weight]["momentum_buffer"] for weight in weights]
+        gradients = [local_part(weight.grad) for weight in weights if weight.grad is not None]
+        averages = [local_part(self.state[weight]["momentum_buffer"]) for weight in weights]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, averages, momentum)
-        stacked = updates[0] if weights[0].ndim == 3 else torch.stack(updates)
-        moved = orthogonalize(stacked).to(weights[0].dtype)
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        steps = [moved] if weights[0].ndim == 3 else list(moved.unbind())
-        torch._foreach_add_(weights, steps, alpha=-lr * 0.2 * max(weights[0].shape[-2:]) ** 0.5)
+        updates = self._orthogonalized(weights, torch._foreach_lerp(gradients, averages, momentum))
+        torch._foreach_mul_(updates, [-lr * 0.2 * max(weight.shape[-2:]) ** 0.5 for weight in weights])
+        own = [local_part(weight) for weight in weights]
+        torch._foreach_mul_(own, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(own, updates)
+
+    def _rounds(self, weights: list[Tensor]) -> list[list[Tensor]]:
+        """The weights that are moved at a time."""
+        return batches(weights)
+
+    def _orthogonalized(self, weights: list[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
+        """The updates of weights moved at a time, orthogonalised, in their weights' type."""
+        return orthogonalized(updates)
 
 
-def _batches(weights: list[Tensor]) -> list[list[Tensor]]:
+def orthogonalized(updates: Sequence[Tensor]) -> list[Tensor]:
+    """Of one stack of matrices, or of matrices of one shape, each orthogonalised."""
+    if updates[0].ndim == 3:
+        return [orthogonalize(updates[0]).to(updates[0].dtype)]
+    return list(orthogonalize(torch.stack(list(updates))).to(updates[0].dtype).unbind())
+
+
+def batches(weights: Sequence[Tensor]) -> list[list[Tensor]]:
     """Matrices of one shape in batches of up to `_TOGETHER` numbers; stacks each on their own."""
-    batches: list[list[Tensor]] = []
+    result: list[list[Tensor]] = []
     open_batch: dict[Any, list[Tensor]] = {}
     for weight in weights:
         kind = (weight.shape, weight.dtype, weight.device)
         batch = open_batch.get(kind)
         if weight.ndim == 3 or batch is None or (len(batch) + 1) * weight.numel() > _TOGETHER:
             batch = []
-            batches.append(batch)
+            result.append(batch)
             open_batch[kind] = batch
         batch.append(weight)
-    return batches
+    return result

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from engram.backbone import EngramLM
-from engram.experts import MoE, Router
+from engram.experts import Experts, Router
 from engram.memory import MemoryTable
 
 
@@ -42,7 +42,7 @@ class Roles(NamedTuple):
             return self.embeddings
         if isinstance(module, MemoryTable):
             return self.tables
-        if isinstance(module, MoE):
+        if isinstance(module, Experts):
             return self.stacks
         is_map = isinstance(module, nn.Linear | Router) and parameter.ndim == 2
         return self.matrices if is_map else self.vectors

@@ -1,0 +1,72 @@
+"""Apply a mesh to a finished model: tables and experts to their owners, the rest to FSDP2, one block at a time.
+
+A model built on the meta device is made block by block, so that no process ever holds all of it, and starts as the same
+model in one process would.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from engram.backbone import EngramLM
+from engram.backbone.initialize import materialize
+from engram.config import require
+from engram.experts import MoE
+from engram.memory import MemoryTable
+from engram.parallel.experts import ShardedExperts
+from engram.parallel.mesh import Mesh
+from engram.parallel.table import ShardedTable
+
+
+def parallelize(model: EngramLM, mesh: Mesh, device: torch.device, seed: int = 0) -> EngramLM:
+    """Spread a model over the processes of a mesh, in place; all of them must call this with the same model.
+
+    Args:
+        model: on any device, or on the meta device: then its weights are drawn from `seed`, by name.
+        mesh: of `device`'s type.
+        device: of this process.
+        seed: for weights on the meta device.
+
+    Returns:
+        The model. Its parameters are this process's: rows of tables as plain tensors, everything else as DTensors of
+        FSDP2 (experts that nobody else holds: plain tensors).
+
+    Raises:
+        ConfigError: a number of experts that the groups of `parallel.expert` can't share evenly.
+    """
+    sizes, names = mesh.sizes, {module: name for name, module in model.named_modules()}
+    if model.config.experts is not None and sizes.expert > 1:
+        n = model.config.experts.n_experts
+        require(n % sizes.expert == 0, "parallel.expert", sizes.expert, f"a divisor of experts.n_experts ({n})")
+    for memory in _memories(model):
+        for name, module in list(memory.named_children()):
+            if isinstance(module, MemoryTable):
+                setattr(memory, name, ShardedTable(module, mesh))
+    units: list[nn.Module] = [*_memories(model), *model.each_block()]
+    for unit in units:
+        materialize(unit, device, seed, names[unit])
+        for module in [m for m in unit.modules() if isinstance(m, MoE)]:
+            if sizes.expert > 1:
+                module.experts = ShardedExperts(module.experts, mesh)
+                if mesh.for_experts is not None:
+                    fully_shard(module.experts, mesh=mesh.for_experts)
+        _shard(unit, mesh)
+        if hasattr(unit, "add_to"):
+            register_fsdp_forward_method(unit, "add_to")
+    materialize(model, device, seed)
+    _shard(model, mesh)
+    register_fsdp_forward_method(model, "run")
+    return model
+
+
+def _memories(model: EngramLM) -> list[nn.Module]:
+    at_input = [] if model.input_memory is None else [model.input_memory]
+    return [*at_input, *model.memory.values()]
+
+
+def _shard(module: nn.Module, mesh: Mesh) -> None:
+    """Let FSDP2 have what is not spread over processes already."""
+    spread = {p for m in module.modules() if isinstance(m, ShardedTable | ShardedExperts) for p in m.parameters()}
+    fully_shard(module, mesh=mesh.for_dense, ignored_params=spread)

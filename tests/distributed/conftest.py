@@ -1,0 +1,22 @@
+"""Worlds of 2 and 4 processes, started when a test first asks for one."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from world import World
+
+
+@pytest.fixture(scope="session")
+def world_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], World]]:
+    worlds: dict[int, World] = {}
+
+    def of(n: int) -> World:
+        if n not in worlds or not worlds[n].alive:
+            store: Path = tmp_path_factory.mktemp("world") / "store"
+            worlds[n] = World(n, store)
+        return worlds[n]
+
+    yield of
+    for world in worlds.values():
+        world.end()
