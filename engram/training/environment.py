@@ -31,6 +31,7 @@ def prepare_process(threads: int | None = None) -> None:
     torch.set_flush_denormal(True)  # arithmetic on denormals is 10x and more slower
     keep_freed_memory()
     if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # else Lightning's launcher sets a number of its own
         torch.set_num_threads(threads)
 
 

@@ -46,7 +46,7 @@ PART_OF = (  # what a parameter's name says of it; the first that matches
     ("ffn_norm.", "norms"),
     (".attention.", "attention"),
     (".router.", "router"),
-    (".ffn.w_", "routed_experts"),
+    (".ffn.experts.", "routed_experts"),
     (".shared.", "shared_experts"),
     (".ffn.", "dense_ffn"),
     (".table.", "memory_tables"),
