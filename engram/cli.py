@@ -1,4 +1,4 @@
-"""The `engram` command: `engram sweep plan|run|report PLAN.yaml`."""
+"""The `engram` command: `engram sweep plan|run|report PLAN.yaml`, `engram consolidate CHECKPOINT FOLDER`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engram.config import ConfigError
+from engram.config import ConfigError, require
 
 
 def main(args: list[str] | None = None) -> int:
@@ -43,7 +43,19 @@ def _parser() -> argparse.ArgumentParser:
         action.set_defaults(run=run)
         if name == "run":
             action.add_argument("--workers", type=int, help="points at once, in the place of the plan's `workers`")
+    action = commands.add_parser("consolidate", help="write a checkpoint's model as safetensors, whatever mesh saved it")
+    action.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as RUN/checkpoints/step-00001000")
+    action.add_argument("folder", type=Path, help="where to write the model")
+    action.set_defaults(run=_consolidate)
     return parser
+
+
+def _consolidate(args: argparse.Namespace) -> int:
+    from engram.training.weights import save_checkpoints_model
+
+    require(args.checkpoint.is_dir(), "checkpoint", str(args.checkpoint), "the folder of a checkpoint")
+    print(save_checkpoints_model(args.checkpoint, args.folder))
+    return 0
 
 
 # The sweep is imported where it is used, so that `engram --help` answers at once.
