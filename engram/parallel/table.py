@@ -79,7 +79,7 @@ class Lookup:
         # Ordered by owner, then by place there.
         keys, self._inverse = (rows % n * per_owner + rows // n).unique(return_inverse=True)
         bounds = torch.arange(n + 1, device=rows.device) * per_owner
-        self._exchange = Exchange(torch.searchsorted(keys, bounds).diff(), group)
+        self.exchange = Exchange(torch.searchsorted(keys, bounds).diff(), group)
         self._places = keys % per_owner
         self._wanted: Tensor | None = None
         self._wanted_work: dist.Work | None = None
@@ -89,7 +89,7 @@ class Lookup:
     def ask(self) -> None:
         """Send each owner the places of the rows wanted of it."""
         if self._wanted is None:
-            self._wanted, self._wanted_work = self._exchange.forth(self._places)
+            self._wanted, self._wanted_work = self.exchange.forth(self._places)
 
     @property
     def wanted(self) -> Tensor:
@@ -103,7 +103,7 @@ class Lookup:
     def fetch(self, weight: Tensor) -> None:
         """Send the others the rows they want, as `weight` holds them now."""
         if self._fetched is None:
-            self._fetched, self._fetched_work = self._exchange.back(gather_rows(weight, self.wanted))
+            self._fetched, self._fetched_work = self.exchange.back(gather_rows(weight, self.wanted))
 
     def values(self, weight: Tensor) -> Tensor:
         """The rows read, `[..., W]`."""
@@ -117,7 +117,7 @@ class Lookup:
         """The gradients `[..., W]` of what `values` gave, summed for each row, to the owners: what this process gets,
         places and gradients, a place once for each process that read it."""
         _, sums = combine_rows(self._inverse.flatten(), grad.reshape(-1, grad.shape[-1]))
-        received, work = self._exchange.forth(sums)
+        received, work = self.exchange.forth(sums)
         _wait(work)
         return self.wanted, received
 
