@@ -1,4 +1,4 @@
-"""The `engram` command: `engram sweep plan|run|report PLAN.yaml`, `engram consolidate CHECKPOINT FOLDER`."""
+"""The `engram` command: `engram sweep plan|run|status|report PLAN.yaml`, `engram consolidate CHECKPOINT FOLDER`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engram.config import ConfigError, require
+
+if TYPE_CHECKING:
+    from engram.sweep.launch import Executor
+    from engram.sweep.plan import SweepPlan
+
+
+_SLURM_OPTIONS: dict[str, tuple[Any, str]] = {
+    "gpus-per-point": (int, "GPUs of a point, over all its nodes; 0 (the default): CPUs"),
+    "nodes-per-point": (int, "nodes of a point (1)"),
+    "cpus-per-task": (int, "cores for each GPU, or of a point without (the plan's `threads`)"),
+    "slurm-partition": (str, "partition"),
+    "slurm-time": (int, "minutes after which a job is requeued (240)"),
+    "slurm-account": (str, "account"),
+    "slurm-qos": (str, "quality of service"),
+}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -36,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("plan", _plan, "print the points, what each holds, and the time they may take"),
         ("run", _run, "train the points that are not finished"),
+        ("status", _status, "print how far each point is, from the files that the runs write"),
         ("report", _report, "write points.csv, curve.png and report.html from the finished points"),
     ):
         action = actions.add_parser(name, help=text, description=text)
@@ -43,11 +59,29 @@ def _parser() -> argparse.ArgumentParser:
         action.set_defaults(run=run)
         if name == "run":
             action.add_argument("--workers", type=int, help="points at once, in the place of the plan's `workers`")
-    action = commands.add_parser("consolidate", help="write a checkpoint's model as safetensors, whatever mesh saved it")
+            _add_executor(action)
+        if name == "status":
+            action.add_argument("--json", action="store_true", help="for programs")
+    action = commands.add_parser(
+        "consolidate", help="write a checkpoint's model as safetensors, whatever mesh saved it"
+    )
     action.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as RUN/checkpoints/step-00001000")
     action.add_argument("folder", type=Path, help="where to write the model")
     action.set_defaults(run=_consolidate)
     return parser
+
+
+def _add_executor(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--executor", choices=("local", "slurm"), default="local", help="where points are trained")
+    slurm = action.add_argument_group("with --executor slurm")
+    for name, (kind, text) in _SLURM_OPTIONS.items():
+        slurm.add_argument(f"--{name}", type=kind, help=text)
+    slurm.add_argument(
+        "--slurm-option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other option of sbatch, as mem=64G; repeatable",
+    )
 
 
 def _consolidate(args: argparse.Namespace) -> int:
@@ -71,7 +105,8 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _unwind_when_ended() -> None:
-    """Let a polite kill or a closed terminal unwind as Ctrl-C does, so that the sweep stops the runs it started."""
+    """Let a polite kill or a closed terminal unwind as Ctrl-C does, so that the sweep stops the runs it started. Slurm
+    jobs go on without their launcher, so there only Ctrl-C stops them."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -83,17 +118,49 @@ def _unwind_when_ended() -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from engram.sweep.launch import LocalExecutor, run_sweep
+    from engram.sweep.launch import run_sweep
     from engram.sweep.plan import SweepPlan
 
-    _unwind_when_ended()
     plan = SweepPlan.load(args.plan)
-    workers = plan.workers if args.workers is None else args.workers
-    failures = run_sweep(plan, LocalExecutor(workers, plan.threads))
+    failures = run_sweep(plan, _executor(args, plan))
     for failure in failures:
-        print(f"failed: {failure.point.name} (code {failure.code}), last lines of its log:\n{failure.tail}")
+        print(f"failed: {failure.point.name} ({failure.how}), last lines of its log:\n{failure.tail}")
     print(f"points: {plan.folder / 'points'}")
     return 1 if failures else 0
+
+
+def _executor(args: argparse.Namespace, plan: SweepPlan) -> Executor:
+    """Where the points are to be trained. Raises `ConfigError` for options of an executor that was not asked for."""
+    workers = plan.workers if args.workers is None else args.workers
+    given = {name: getattr(args, name.replace("-", "_")) for name in (*_SLURM_OPTIONS, "slurm-option")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.executor == "local":
+        from engram.sweep.launch import LocalExecutor
+
+        for name, value in given.items():
+            raise ConfigError(f"{name} is {value!r}: allowed is with --executor slurm alone")
+        _unwind_when_ended()
+        return LocalExecutor(workers, plan.threads)
+    from engram.sweep.slurm import SlurmExecutor, SlurmOptions
+
+    pairs = [text.partition("=") for text in given.pop("slurm-option", ())]
+    for name, equals, value in pairs:
+        require(bool(name and equals and value), "slurm-option", name + equals + value, "NAME=VALUE")
+    fields = {_field_of(name): value for name, value in given.items()}
+    return SlurmExecutor(plan, SlurmOptions(**fields, other={name: value for name, _, value in pairs}), workers)
+
+
+def _field_of(option: str) -> str:
+    return option.removeprefix("slurm-").removesuffix("-per-point").replace("-", "_")
+
+
+def _status(args: argparse.Namespace) -> int:
+    from engram.sweep.plan import SweepPlan
+    from engram.sweep.status import status_json, status_of, status_table
+
+    statuses = [status_of(point) for point in SweepPlan.load(args.plan).points()]
+    print(status_json(statuses) if args.json else status_table(statuses))
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

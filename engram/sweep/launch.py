@@ -6,6 +6,7 @@ goes on at its last checkpoint. `Executor` is all that a cluster launcher has to
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -24,14 +25,14 @@ from filelock import FileLock, Timeout
 from engram.config import ConfigError, require
 from engram.sweep.plan import Point, SweepPlan
 from engram.sweep.progress import Display, make_display
-from engram.training.atomic import atomic_file
+from engram.sweep.records import FAILURE, LOG, SETTINGS
+from engram.training.atomic import atomic_file, write_json
+from engram.training.checkpoint import resume_path
 from engram.training.data import TokenData
 from engram.training.environment import training_environment
 from engram.training.recorder import EXIT_BAD_SETTING, EXIT_NON_FINITE, PROGRESS, RESULT
 
-_POLL_SECONDS = 0.5
 _STOP_SECONDS = 10.0
-LOG = "log.txt"
 
 
 class Job(Protocol):
@@ -39,6 +40,9 @@ class Job(Protocol):
 
     def poll(self) -> int | None:
         """Exit code, or None while it runs."""
+
+    def describe(self) -> str:
+        """What it is and, when it ended, how: for people."""
 
     def stop(self) -> None:
         """End it; it can be started again later."""
@@ -48,6 +52,10 @@ class Executor(Protocol):
     """Where runs are started."""
 
     workers: int
+    poll_seconds: float  # between two looks at all jobs
+
+    def adopt(self, point: Point) -> Job | None:
+        """The run of a point that an earlier launcher left running, if there is one."""
 
     def start(self, point: Point, slot: int) -> Job:
         """Start the run of a point in one of the slots 0 to workers - 1."""
@@ -66,6 +74,9 @@ class LocalJob:
             self.log.close()
         return code
 
+    def describe(self) -> str:
+        return f"process {self.process.pid}, code {self.process.returncode}"
+
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
@@ -80,11 +91,16 @@ class LocalJob:
 class LocalExecutor:
     """Processes on this machine: one for each GPU, or as many as its cores allow."""
 
+    poll_seconds = 0.5
+
     def __init__(self, workers: int, threads: int) -> None:
         require(workers >= 0, "workers", workers, "1 or more (0: what this machine allows)")
         self.threads = threads
         self.gpus = torch.cuda.device_count()
         self.workers = workers or self.gpus or max(1, usable_cores() // threads)
+
+    def adopt(self, point: Point) -> None:
+        """None: local runs end with their launcher."""
 
     def start(self, point: Point, slot: int) -> LocalJob:
         environment = training_environment(self.threads)
@@ -105,22 +121,36 @@ def usable_cores() -> int:
 
 def training_arguments(point: Point, threads: int) -> list[str]:
     """Write the point's settings to its folder; returns the training command's arguments, resuming where it can."""
+    write_settings(point, threads)
+    return ["fit", "--config", str(point.folder / SETTINGS), *resume_arguments(point.folder)]
+
+
+def write_settings(point: Point, threads: int, devices: int = 1, nodes: int = 1, accelerator: str = "auto") -> None:
+    """Write `run.yaml` for a run of a point: `devices` processes of `threads` cores on each of `nodes` machines."""
     settings = dict(point.run_settings)
     settings["trainer"] = {
         **settings["trainer"],
-        "default_root_dir": str(point.folder),
+        "default_root_dir": str(point.folder.absolute()),
         "enable_progress_bar": False,
-        "devices": 1,
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": nodes,
     }
     settings |= {
         "threads": threads,
         "checkpoint_every": point.plan.steps // point.plan.evaluations,
         "save_weights": point.plan.save_weights,
     }
-    path = point.folder / "run.yaml"
-    with atomic_file(path) as draft:
+    if devices * nodes > 1:
+        settings["parallel"] = dataclasses.asdict(point.plan.parallel)
+    with atomic_file(point.folder / SETTINGS) as draft:
         draft.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    return ["fit", "--config", str(path), "--ckpt_path", "auto"]
+
+
+def resume_arguments(folder: Path) -> list[str]:
+    """The arguments with which the training command goes on at the last checkpoint in a point's folder, if any."""
+    checkpoint = resume_path("auto", folder)
+    return [] if checkpoint is None else ["--ckpt_path", checkpoint]
 
 
 def is_finished(point: Point) -> bool:
@@ -152,10 +182,11 @@ def require_corpus(points: Sequence[Point], corpus_hash: str) -> None:
 
 @dataclass
 class Failure:
-    """A point that died more often than the plan retries, or of its settings, and the end of what it printed."""
+    """A point that died more often than the plan retries, or of its settings: how, and the end of what it printed."""
 
     point: Point
     code: int
+    how: str
     tail: str
 
 
@@ -204,17 +235,27 @@ class _Supervisor:
             for point in points:
                 if point not in waiting:
                     self.display.finished(point.name, skipped=True)
+            self._adopt(waiting)
             while waiting or self.running:
                 self._start(waiting)
-                time.sleep(_POLL_SECONDS)
+                time.sleep(self.executor.poll_seconds)
                 self._collect(waiting)
         return self.failures
+
+    def _adopt(self, waiting: list[Point]) -> None:
+        for point in list(waiting):
+            if (job := self.executor.adopt(point)) is not None:
+                waiting.remove(point)
+                self.running[len(self.running)] = (point, job)
+                self.display.note(f"{point.name} is running already: {job.describe()}")
+                self.display.started(point.name, point.folder / PROGRESS)
 
     def _start(self, waiting: list[Point]) -> None:
         for slot in range(self.executor.workers):
             if waiting and slot not in self.running:
                 point = waiting.pop(0)
                 point.folder.mkdir(parents=True, exist_ok=True)
+                (point.folder / FAILURE).unlink(missing_ok=True)
                 self.running[slot] = (point, self.executor.start(point, slot))
                 self.display.started(point.name, point.folder / PROGRESS)
 
@@ -230,12 +271,14 @@ class _Supervisor:
                 continue
             self.deaths[point.name] = self.deaths.get(point.name, 0) + 1
             hopeless = code in (EXIT_BAD_SETTING, EXIT_NON_FINITE)  # it would end there again
+            how = job.describe()
             if self.deaths[point.name] <= self.retries and not hopeless:
-                self.display.note(f"{point.name} ended with code {code}: started again")
+                self.display.note(f"{point.name} ended ({how}): started again")
                 waiting.insert(0, point)
             else:
-                self.failures.append(Failure(point, code, tail(point.folder / LOG)))
-                self.display.note(f"{point.name} ended with code {code}: given up")
+                self.failures.append(Failure(point, code, how, tail(point.folder / LOG)))
+                write_json(point.folder / FAILURE, {"code": code, "how": how})
+                self.display.note(f"{point.name} ended ({how}): given up")
 
     def _stop_all(self) -> None:
         for _, job in self.running.values():

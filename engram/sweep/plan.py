@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from engram.budget import ParameterBudget
 from engram.config import ConfigError, ModelConfig, build_config, load_yaml, require, require_one_of
+from engram.parallel.config import ParallelConfig
 from engram.training.optim import OptimConfig
 from engram.training.prepare import DataConfig
 
@@ -43,6 +44,7 @@ class SweepPlan:
     `model` is a model config (its path, or the mapping itself) with a memory template; its P_tot and FLOPs are the
     budget. `tokens` is what each point trains on, `evaluations` how often it is validated, evenly spaced, the last time
     at the end. `workers` 0 takes one for each GPU, or as many as the cores allow at `threads` each.
+    `parallel` says how the processes of one point share its model, where it runs on more than one.
     `tokens_per_s` is the speed of one worker that time estimates start from; 0: unknown.
     """
 
@@ -53,6 +55,7 @@ class SweepPlan:
     tokens: int
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     variants: dict[str, Variant] = field(default_factory=dict)
     evaluations: int = 4
     precision: Precision = "bf16-mixed"

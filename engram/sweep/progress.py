@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from engram.sweep.records import read_record
 
 _LINE_SECONDS = 30.0
 
@@ -43,14 +44,6 @@ class Display(Protocol):
 def make_display() -> Display:
     """Bars if standard output is a terminal, else lines."""
     return BarDisplay() if sys.stdout.isatty() else LineDisplay()
-
-
-def read_progress(path: Path) -> dict[str, Any] | None:
-    """What a run last said of itself; None before it said anything."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
 
 
 class LineDisplay:
@@ -88,7 +81,7 @@ class LineDisplay:
             return
         self._last = time.monotonic()
         for name, path in self._files.items():
-            if p := read_progress(path):
+            if p := read_record(path):
                 loss = "" if p["loss"] is None else f", loss {p['loss']:.3f}"
                 self.note(f"  {name}: {p['tokens']:,} tokens{loss}, {p['tokens_per_s']:,.0f} tokens/s")
 
@@ -154,7 +147,7 @@ class BarDisplay:
     def refresh(self) -> None:
         running = 0.0
         for task, path in self._tasks.values():
-            if p := read_progress(path):
+            if p := read_record(path):
                 loss = "" if p["loss"] is None else f"{p['loss']:.3f} "
                 said = f"{p['tokens'] / 1e6:.1f}M {loss}{p['tokens_per_s'] / 1e3:.1f}k tok/s"
                 self._progress.update(task, completed=p["step"], total=p["steps"], said=said)

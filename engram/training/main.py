@@ -21,6 +21,7 @@ import lightning
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from engram.config import ConfigError, require
@@ -134,6 +135,8 @@ class TrainCLI(LightningCLI):
         trainer = super().instantiate_trainer(
             callbacks=[*(given.callbacks or []), *callbacks],
             logger=loggers if self.subcommand == "fit" else False,  # a validation leaves the run's logs alone
+            # Who submitted a Slurm job requeues it: `engram sweep`, or a user's script.
+            plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [],
             **kwargs,
         )
         parallel.sizes(trainer.world_size)  # refused before other processes are started
