@@ -3,17 +3,16 @@
 import csv
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from small_sweep import FINISH, ScriptExecutor, plan_at, result_of
 
 from engram.cli import main
 from engram.config import ConfigError
@@ -21,72 +20,8 @@ from engram.parallel.checkpoint import last_checkpoint
 from engram.sweep.launch import LocalJob, run_sweep
 from engram.sweep.plan import Point, SweepPlan
 from engram.sweep.progress import LineDisplay
-from engram.training.data import TokenData
 from engram.training.recorder import EXIT_BAD_SETTING, EXIT_NON_FINITE
 
-PLAN = {
-    "name": "test",
-    "model": {
-        "vocab_size": 300,
-        "d_model": 32,
-        "n_layers": 2,
-        "attention": {"kind": "gqa", "n_heads": 2, "n_kv_heads": 2, "head_dim": 16},
-        "dense_width": 64,
-        "max_seq_len": 32,
-        "experts": {"n_experts": 32, "top_k": 2, "width": 16, "shared_width": 96},
-        "memory": {"layers": [1], "n_heads": 2, "row_width": 8, "eos_id": 1},
-    },
-    "rho": [0.0, 0.5, 1.0],
-    "seeds": [0, 1],
-    "tokens": 1024,
-    "evaluations": 2,
-    "variants": {"capacity_one": {"memory": {"kind": "capacity_one"}, "rho": [0.5], "seeds": [0]}},
-}
-
-
-def plan_at(tmp_path: Path, **changes: Any) -> tuple[SweepPlan, Path]:
-    """A plan on two small text files, with all its outputs under `tmp_path`."""
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "while", "seven", "wizards", "hum"]
-    generator = random.Random(0)
-    for name, n in (("train", 200), ("val", 30)):
-        lines = [" ".join(generator.choices(words, k=60)) for _ in range(n)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    data = {
-        "source": "files",
-        "files": [str(tmp_path / "train.jsonl")],
-        "val_files": [str(tmp_path / "val.jsonl")],
-        "vocab_size": 300,
-        "seq_len": 32,
-        "batch_size": 4,
-        "cache_dir": str(tmp_path / "cache"),
-    }
-    path = tmp_path / "plan.yaml"
-    path.write_text(yaml.safe_dump({**PLAN, "data": data, "output": str(tmp_path / "out"), **changes}))
-    return SweepPlan.load(path), path
-
-
-class ScriptExecutor:
-    """Runs a Python line in the place of training; the launcher's logic does not depend on what a run does."""
-
-    def __init__(self, script: str, workers: int = 2) -> None:
-        self.script, self.workers = script, workers
-        self.started: list[str] = []
-
-    def start(self, point: Point, slot: int) -> LocalJob:
-        self.started.append(point.name)
-        environment = {**os.environ, "RHO": str(point.rho), "RESULT": result_of(point.plan)}
-        environment["FOLDER"] = str(point.folder)
-        log = (point.folder / "log.txt").open("ab")
-        command = [sys.executable, "-c", self.script]
-        return LocalJob(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment), log)
-
-
-def result_of(plan: SweepPlan) -> str:
-    """What a run on the plan's data records of it."""
-    return json.dumps({"data": {"corpus_hash": TokenData(plan.data).corpus_hash}})
-
-
-FINISH = "import os; open(os.environ['FOLDER'] + '/result.json', 'w').write(os.environ['RESULT'])"
 DIE_ONCE = (
     "import os, sys; f = os.environ['FOLDER'] + '/tried'\n"
     "if os.environ['RHO'] == '0.5' and not os.path.exists(f): open(f, 'w'); sys.exit(7)\n" + FINISH
@@ -123,8 +58,34 @@ def test_a_point_that_keeps_dying_is_reported_and_the_others_finish(tmp_path: Pa
     executor = ScriptExecutor(DIE)
     failures = run_sweep(plan, executor, LineDisplay())
     assert [(f.point.rho, f.code, f.tail.splitlines()[-1]) for f in failures] == [(0.5, 7, "out of luck")] * 3
+    for failure in failures:
+        record = json.loads((failure.point.folder / "failure.json").read_text())
+        assert record == {"code": 7, "how": failure.how}
     assert all((p.folder / "result.json").exists() for p in plan.points() if p.rho != 0.5)
     assert all(executor.started.count(f.point.name) == 3 for f in failures)
+
+
+def test_runs_that_an_earlier_launcher_left_are_not_started_again(tmp_path: Path) -> None:
+    plan, _ = plan_at(tmp_path)
+    first, *_, last = plan.points()
+
+    class AdoptingExecutor(ScriptExecutor):
+        """Finds the runs of two points where only one may run at a time; one of them then dies."""
+
+        def adopt(self, point: Point) -> LocalJob | None:
+            if point not in (first, last):
+                return None
+            job = ScriptExecutor.start(ScriptExecutor(FINISH if point == first else "raise SystemExit(7)"), point, 0)
+            self.adopted = [*getattr(self, "adopted", []), point.name]
+            return job
+
+    executor = AdoptingExecutor(FINISH, workers=1)
+    for point in (first, last):
+        point.folder.mkdir(parents=True)
+    assert run_sweep(plan, executor, LineDisplay()) == []
+    assert executor.adopted == [first.name, last.name]
+    assert executor.started[0] == last.name
+    assert sorted(executor.started) == sorted(point.name for point in plan.points()[1:])
 
 
 @pytest.mark.parametrize("code", [EXIT_BAD_SETTING, EXIT_NON_FINITE])
