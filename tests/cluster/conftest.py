@@ -1,0 +1,6 @@
+"""The small sweep is that of the tests of `sweep`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sweep"))
