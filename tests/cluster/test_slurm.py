@@ -1,6 +1,7 @@
 """Sweeps on a real Slurm: two nodes on this machine, jobs that are preempted, killed, cancelled and found again.
 
-Skipped where Slurm and munge are not installed (Debian: `apt install slurm-wlm munge`).
+`make cluster-test` runs them, in about 7 minutes; skipped where Slurm and munge are not installed (Debian: `apt install
+slurm-wlm munge`).
 """
 
 import json
@@ -25,6 +26,7 @@ from engram.sweep.plan import Point, SweepPlan
 
 pytest.importorskip("submitit")
 pytestmark = [
+    pytest.mark.cluster,
     pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"),
     pytest.mark.timeout(1200),
 ]
