@@ -1,5 +1,5 @@
-"""Bytes of a training step's collectives: the formulas of `engram.parallel.traffic` against counts of real runs, and the
-tables of docs/scaling.md that follow from them.
+"""Bytes of a training step's collectives: the formulas of `engram.parallel.traffic` against counts of real runs, and
+the tables of docs/scaling.md that follow from them.
 
 The small model of the tests is trained by 2, 4 and 8 processes on several meshes; every byte and call that each rank
 counts must be in the formulas. Counts are no timings: whatever else the machine does, they are the same. How many
@@ -173,7 +173,9 @@ def fit() -> tuple[list[Growth], dict[str, Any]]:
     print(f"\ndistinct N-grams in T tokens of {folder} ({read_meta(folder)['splits']['train']})")
     for g in growths:
         print(f"  order {g.order}: {g.factor:.3f} T^{g.power:.3f}, off by at most {g.error:.1%} at {LENGTHS} tokens")
-    print(f"  rows that {TOKENS} tokens read of a table of the 27B model: {counted_rows:,.0f}, by the fit {by_fit:,.0f}")
+    print(
+        f"  rows that {TOKENS} tokens read of a table of the 27B model: {counted_rows:,.0f}, by the fit {by_fit:,.0f}"
+    )
     return growths, {"tokens": TOKENS, "counted": counted_rows, "by fit": by_fit}
 
 
@@ -201,7 +203,8 @@ def distinct_rows(memory: MemoryConfig, growths: Sequence[Growth], tokens: int =
 def backbone() -> ModelConfig:
     """The 27B model, rows in bfloat16; of 64 experts, as its 55 fit no group of 8."""
     config = ModelConfig.load(Path(__file__).parent.parent / "configs" / "models" / "engram-27b.yaml")
-    assert config.experts is not None and config.memory is not None
+    assert config.experts is not None
+    assert config.memory is not None
     return dataclasses.replace(
         config,
         experts=dataclasses.replace(config.experts, n_experts=64),
@@ -225,12 +228,15 @@ class Setting(NamedTuple):
     traffic: Traffic
 
     @classmethod
-    def of(cls, config: ModelConfig, parts: Parts, sizes: MeshSizes, growths: Sequence[Growth]) -> Setting:
+    def of(
+        cls, config: ModelConfig, parts: Parts, sizes: MeshSizes, growths: Sequence[Growth], tokens: int = TOKENS
+    ) -> Setting:
         """With expected traffic of rank 0, to which Muon deals the largest matrix."""
-        assert config.experts is not None and config.memory is not None
-        distinct = distinct_rows(config.memory, growths)
+        assert config.experts is not None
+        assert config.memory is not None
+        distinct = distinct_rows(config.memory, growths, tokens)
         reads = [expected_reads(distinct, sizes)] * parts.tables
-        moe = expected_routed(TOKENS, config.experts.n_experts, config.experts.top_k, sizes.expert)
+        moe = expected_routed(tokens, config.experts.n_experts, config.experts.top_k, sizes.expert)
         traffic = step_traffic(parts, sizes, reads, [moe] * parts.expert_layers, 0, BFLOAT16)
         return cls(sizes, distinct, traffic)
 
@@ -239,7 +245,7 @@ def document(growths: Sequence[Growth]) -> None:
     """Print the tables of docs/scaling.md."""
     config = with_tables(backbone(), 10**11)
     parts = Parts.of(config)
-    compute = ParameterBudget.of(config, SEQ_LEN).training_flops * TOKENS / FLOPS
+    compute = ParameterBudget.of(config, SEQ_LEN).training_flops * TOKENS / FLOPS  # seconds
     print(f"\nCompute: {compute * 1e3:.0f} ms a step.")
     for expert in (8, 64):
         print(f"Processes of {expert} that a token goes to: {expected_ranks(64, 6, expert):.2f}.")
@@ -249,6 +255,8 @@ def document(growths: Sequence[Growth]) -> None:
         print(f"\n### Mesh {mesh.name}\n")
         _print_table(["collective (calls)", *_named(gpus)], _bytes_lines(settings))
         _print_table(["ms: NVLink / network / as they lie", *_named(gpus)], _time_lines(settings, compute))
+    print("### Longer batches\n")
+    _print_table(["tokens a rank", "compute ms", "sent", "ms as they lie", "of compute"], _longer_lines(parts, growths))
     print("### Tables\n")
     _print_table(["parameters", "rows", "distinct rows read", *_named(GPUS)], _table_lines(parts, growths))
     _print_table(["parameters", "optimiser", *_named(GPUS)], _memory_lines())
@@ -284,10 +292,20 @@ def _time_lines(settings: Sequence[Setting], compute: float) -> Iterator[list[st
         "norm, loss, loads": ["gradient norm", "loss", "loads"],
     }.items():
         flows = [[flow for name, flow in s.traffic.items() if name.startswith(tuple(prefixes))] for s in settings]
-        yield [label, *map(times, flows)]
+        yield [label, *(times(some) if some else "-" for some in flows)]
     flows = [list(s.traffic.values()) for s in settings]
     yield ["**all**", *map(times, flows)]
     yield ["all as they lie, of compute", *(f"{sum(map(seconds, some)) / compute:.0%}" for some in flows)]
+
+
+def _longer_lines(parts: Parts, growths: Sequence[Growth]) -> Iterator[list[str]]:
+    """Mesh A on the most GPUs."""
+    config = with_tables(backbone(), 10**11)
+    for tokens in (TOKENS, 2 * TOKENS, 4 * TOKENS, 8 * TOKENS):
+        traffic = Setting.of(config, parts, MESHES[0].sizes(GPUS[-1]), growths, tokens).traffic
+        compute = ParameterBudget.of(config, SEQ_LEN).training_flops * tokens / FLOPS
+        lasts = sum(map(seconds, traffic.values()))
+        yield [f"{tokens:,}", _ms(compute), size(total(traffic).sent), _ms(lasts), f"{lasts / compute:.0%}"]
 
 
 def _table_lines(parts: Parts, growths: Sequence[Growth]) -> Iterator[list[str]]:
