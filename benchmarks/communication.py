@@ -46,21 +46,27 @@ from engram.training.tokens import TokenFile, read_meta
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "distributed"))
 
-RUNS: dict[int, list[tuple[dict[str, Any], str]]] = {
-    2: [({}, "float32"), ({"expert": 2}, "autocast"), ({"replicate": 2, "expert": 2, "table": 1}, "float32")],
+EXPERTS = 8
+RUNS: dict[int, list[tuple[dict[str, Any], str, int]]] = {  # processes: mesh, types, experts
+    2: [
+        ({}, "float32", EXPERTS),
+        ({"expert": 2}, "autocast", EXPERTS),
+        ({"replicate": 2, "expert": 2, "table": 1}, "float32", EXPERTS),
+    ],
     4: [
-        ({}, "bfloat16"),
-        ({"expert": 2, "table": 2}, "autocast"),
-        ({"replicate": 2, "expert": 2}, "float32"),
-        ({"replicate": 2, "expert": 4, "table": 1}, "float32"),
-        ({"replicate": 4, "table": 2}, "float32"),
+        ({}, "bfloat16", EXPERTS),
+        ({"expert": 2, "table": 2}, "autocast", EXPERTS),
+        ({"replicate": 2, "expert": 2}, "float32", EXPERTS),
+        ({"replicate": 2, "expert": 4, "table": 1}, "float32", EXPERTS),
+        ({"replicate": 4, "table": 2}, "float32", EXPERTS),
     ],
     8: [
-        ({}, "float32"),
-        ({"expert": 8}, "autocast"),
-        ({"expert": 4, "table": 4}, "bfloat16"),
-        ({"replicate": 2, "expert": 2, "table": 2}, "autocast"),
-        ({"replicate": 4, "expert": 4}, "float32"),
+        ({}, "float32", EXPERTS),
+        ({"expert": 8}, "autocast", EXPERTS),
+        ({"expert": 4, "table": 4}, "bfloat16", EXPERTS),
+        ({"replicate": 2, "expert": 2, "table": 2}, "autocast", EXPERTS),
+        ({"replicate": 4, "expert": 4}, "float32", EXPERTS),
+        ({"expert": 2}, "float32", 4),  # two experts for four processes: FSDP2 fills up
     ],
 }
 WINDOW = 4096
@@ -102,22 +108,29 @@ def compare() -> list[dict[str, Any]]:
     from world import World
 
     rows = []
-    print(f"{'processes':>9} {'mesh':<42} {'type':<9} {'calls':>6} {'bytes sent by ranks 0, 1, ...'}")
+    print(f"{'processes':>9} {'mesh':<42} {'type':<9} {'experts':>7} {'calls':>6} {'bytes sent by ranks 0, 1, ...'}")
     for n, runs in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             world = World(n, Path(folder) / "store")
-            for mesh, precision in runs:
-                counts = []
-                for rank, (formula, counted) in enumerate(checked(world, mesh, precision)):
+            for mesh, precision, n_experts in runs:
+                ranks = []
+                for rank, (formula, counted) in enumerate(checked(world, mesh, precision, n_experts)):
                     if formula != counted:
                         raise SystemExit(f"rank {rank} of {n} on {mesh}:\n{_difference(formula, counted)}")
-                    counts.append({name: flow._asdict() for name, flow in counted.items()})
-                totals = [sum(flow["sent"] for flow in rank.values()) for rank in counts]
-                calls = sum(flow["calls"] for flow in counts[0].values())
-                print(f"{n:>9} {mesh!s:<42} {precision:<9} {calls:>6} {', '.join(f'{t:,.0f}' for t in totals)}")
-                rows.append({"processes": n, "mesh": mesh, "type": precision, "ranks": counts})
+                    ranks.append(counted)
+                calls = total(ranks[0]).calls
+                case = f"{n:>9} {mesh!s:<42} {precision:<9} {n_experts:>7} {calls:>6}"
+                print(case, ", ".join(f"{total(rank).sent:,.0f}" for rank in ranks), flush=True)
+                run = {"processes": n, "mesh": mesh, "type": precision, "experts": n_experts}
+                rows.append({**run, "collectives": {name: _of_ranks(name, ranks) for name in ranks[0]}})
             world.end()
     return rows
+
+
+def _of_ranks(name: str, ranks: Sequence[Traffic]) -> dict[str, Any]:
+    """One collective: bytes by rank; the rest is the same on all."""
+    sent, received = ([flow[i] for flow in (rank[name] for rank in ranks)] for i in range(2))
+    return {**ranks[0][name]._asdict(), "sent": sent, "received": received}
 
 
 def _difference(formula: Traffic, counted: Traffic) -> str:
@@ -379,7 +392,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     runs = compare()
     growths, rows = fit()
-    print(f"\nevery byte and call of {sum(len(run['ranks']) for run in runs)} ranks is in the formulas")
+    print(f"\nevery byte and call of {sum(run['processes'] for run in runs)} ranks is in the formulas")
     growth = [g._asdict() for g in growths]
     store("communication", {"hardware": hardware(), "runs": runs, "growth": growth, "rows": rows})
 

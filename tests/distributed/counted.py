@@ -108,7 +108,7 @@ def _sharded_module() -> nn.Module:
 def _group_of(args: Any) -> dist.ProcessGroup:
     for arg in args:
         if isinstance(arg, str):
-            return _resolve_process_group(arg)
+            return _resolve_process_group(arg)  # type: ignore[arg-type]
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
             return dist.ProcessGroup.unbox(arg)
     raise TypeError("a collective without a group")
@@ -201,16 +201,19 @@ PRECISIONS = {
 }
 
 
-def model_of(precision: str) -> ModelConfig:
-    """The small model as a config, whose rows have the type of all parameters."""
+def changes_of(precision: str, n_experts: int) -> dict[str, Any]:
+    """What differs from the small model: how many experts there are, and rows of the type of all parameters."""
     dtype = str(PRECISIONS[precision].parameters).removeprefix("torch.")
-    return ModelConfig.from_dict({**MODEL, "memory": {**MODEL["memory"], "table_dtype": dtype}})
+    return {
+        "experts": {**MODEL["experts"], "n_experts": n_experts},
+        "memory": {**MODEL["memory"], "table_dtype": dtype},
+    }
 
 
-def counted_step(rank: int, n: int, mesh: dict[str, Any], precision: str) -> Counted:
+def counted_step(rank: int, n: int, mesh: dict[str, Any], precision: str, n_experts: int) -> Counted:
     """Train two steps on a mesh; what the second one sent."""
     how = PRECISIONS[precision]
-    model = build(mesh, how.parameters)
+    model = build(mesh, how.parameters, changes_of(precision, n_experts))
     optimizer = optimizer_of(model)
     result = Counted({}, [], [], [])
     with how.products():
@@ -243,10 +246,13 @@ def _note_inputs(model: EngramLM, result: Counted) -> None:
             module.register_forward_pre_hook(note_tokens)
 
 
-def checked(world: World, mesh: dict[str, Any], precision: str = "float32") -> Iterator[tuple[Traffic, Traffic]]:
+def checked(
+    world: World, mesh: dict[str, Any], precision: str, n_experts: int = 8
+) -> Iterator[tuple[Traffic, Traffic]]:
     """Of each rank of a world, what the formulas say and what was counted."""
-    ranks: list[Counted] = world.run(counted_step, mesh, precision)
-    parts, sizes = Parts.of(model_of(precision)), ParallelConfig(**mesh).sizes(world.n)
+    ranks: list[Counted] = world.run(counted_step, mesh, precision, n_experts)
+    parts = Parts.of(ModelConfig.from_dict({**MODEL, **changes_of(precision, n_experts)}))
+    sizes = ParallelConfig(**mesh).sizes(world.n)
     types = PRECISIONS[precision].types
     for rank, counted in enumerate(ranks):
         reads = [Reads.of([r.wanted[i] for r in ranks], rank, sizes.table) for i in range(parts.tables)]
