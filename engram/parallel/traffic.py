@@ -165,8 +165,9 @@ def step_traffic(
     rank: int = 0,
     types: Types = Types(),  # noqa: B008 - immutable
 ) -> Traffic:
-    """What a rank sends and receives in one step of training with Muon, by the name of the collective. Collectives of
-    one process are left out; so is what is logged, and checkpoints.
+    """What a rank sends and receives in one step of training with Muon, on one batch, by the name of the collective.
+    Collectives of one process are left out; so is what is logged, and checkpoints. (With `parallel.prefetch` the counts
+    and indices are those of the next batch.)
 
     Args:
         parts: of the model.

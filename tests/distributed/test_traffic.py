@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from counted import checked
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import MODEL
 from world import World
@@ -70,6 +70,7 @@ def test_what_all_send_is_what_all_receive(data: st.DataObject, sizes: MeshSizes
     assert len({flow.calls for flow in flows}) == 1
 
 
+@settings(max_examples=20)
 @given(meshes(), st.integers(0, 10_000), st.integers(100, 10**6))
 def test_traffic_does_not_grow_with_the_table_but_with_the_rows_that_are_read(
     sizes: MeshSizes, distinct: int, rows: int
