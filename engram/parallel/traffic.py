@@ -270,8 +270,8 @@ def _expert_layer(routed: Routed, n: int, d_model: int, types: Types) -> Iterato
 
 
 def dealt(shapes: Sequence[Shape], n: int) -> list[list[int]]:
-    """Which matrices each of n processes orthogonalises: as `ShardedMuon` deals them, the largest first, to the process
-    with the least work so far."""
+    """Which of some matrices each of n processes orthogonalises for Muon: the largest first, to the process with the
+    least work so far."""
     work, owned = [0] * n, [[] for _ in range(n)]  # type: tuple[list[int], list[list[int]]]
     for i in sorted(range(len(shapes)), key=lambda i: -math.prod(shapes[i]) * min(shapes[i])):
         owner = work.index(min(work))

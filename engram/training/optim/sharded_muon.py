@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from engram.parallel.local import local_part
+from engram.parallel.traffic import dealt
 from engram.training.optim.muon import BatchedMuon, batches, orthogonalized
 
 
@@ -37,22 +38,14 @@ class ShardedMuon(BatchedMuon):
 
 
 class _Exchange:
-    """Who works on which of some matrices, and the rows that travel for it.
-
-    Matrices are dealt out by size, the largest first, to the process with the least work so far.
-    """
+    """Who works on which of some matrices (`dealt` says), and the rows that travel for it."""
 
     def __init__(self, weights: list[DTensor]) -> None:
         mesh = weights[0].device_mesh
         self.group = mesh.get_group(mesh.ndim - 1)
         self.n, self.rank = self.group.size(), self.group.rank()
         self.shapes = [tuple(weight.shape) for weight in weights]
-        work = [0] * self.n
-        self.owned: list[list[int]] = [[] for _ in range(self.n)]
-        for i in sorted(range(len(weights)), key=lambda i: -weights[i].numel() * min(self.shapes[i])):
-            owner = work.index(min(work))
-            work[owner] += weights[i].numel() * min(self.shapes[i])
-            self.owned[owner].append(i)
+        self.owned = dealt(self.shapes, self.n)
 
     def _rows(self, i: int, rank: int) -> int:
         """Rows of matrix i that a rank has: those of `torch.chunk`."""
