@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from accelerate import load_checkpoint_and_dispatch
+from accelerate import Accelerator, load_checkpoint_and_dispatch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from torch import Tensor
 
 from engram import EngramLM, ModelConfig
+from engram.training.optim import OptimConfig, build_optimizer
 from engram.training.weights import load_model, save_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -58,6 +63,13 @@ def inference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import big_model_inference
 
     return big_model_inference
+
+
+@pytest.fixture
+def one_process() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 def dispatched(inference: ModuleType, folder: Path, place: str) -> EngramLM:
@@ -105,6 +117,38 @@ def test_the_trained_model_goes_on_with_its_table_on_disk(alone: tuple[Path, lis
     printed = run(script, str(alone[0]), "--table=disk", "--text=The memory ", "-n=8")
     ids = inference.continued(load_model(alone[0]).eval(), list(b"The memory "), 8)
     assert printed == bytes(ids).decode(errors="replace") + "\n"
+
+
+def test_a_prepared_optimizer_goes_on_from_its_state(one_process: Accelerator) -> None:
+    """Moments of tables included; with a schedule that reaches every group."""
+    ids = torch.randint(64, (3, 2, 12))
+    model = EngramLM(ModelConfig.from_dict({**MODEL, "memory": {**MEMORY, "compress": False}}))
+    copy = deepcopy(model)
+
+    def prepared(model: EngramLM) -> Any:
+        optimizer = build_optimizer(model, OptimConfig(matrix_optimizer="adamw"))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step] * len(optimizer.param_groups))
+        return one_process.prepare(model, optimizer, scheduler)
+
+    def step(model: EngramLM, optimizer: Any, scheduler: Any, ids: Tensor) -> None:
+        one_process.backward(model(ids).logsumexp(-1).mean())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    ours, optimizer, scheduler = prepared(model)
+    step(ours, optimizer, scheduler, ids[0])
+    resumed, its_optimizer, its_scheduler = prepared(copy)
+    resumed.load_state_dict(ours.state_dict())
+    its_scheduler.load_state_dict(scheduler.state_dict())
+    its_optimizer.load_state_dict(optimizer.state_dict())
+    for batch in ids[1:]:
+        step(ours, optimizer, scheduler, batch)
+        step(resumed, its_optimizer, its_scheduler, batch)
+    assert len({group["lr"] for group in optimizer.param_groups}) == 2
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in its_optimizer.param_groups]
+    for name, value in ours.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk", "all"])
