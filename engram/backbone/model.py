@@ -87,7 +87,9 @@ class EngramLM(nn.Module):
         attention, not by N-grams, not by convolution; an id must not come back after another one in a row. None makes
         each row one document. Raises `ConfigError` for a token id outside the vocabulary (on the CPU, in eager mode).
         """
-        return F.linear(self.run(token_ids, document_ids).hidden, self.head_weight)
+        hidden = self.run(token_ids, document_ids).hidden
+        # The head as a module: hooks that bring its weight, as accelerate's, are run when it is called.
+        return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
 
     def run(self, token_ids: Tensor, document_ids: Tensor | None = None) -> ModelOutput:
         """As `forward`, up to the head, with what routers and gates did."""

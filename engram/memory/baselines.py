@@ -67,7 +67,7 @@ class UngatedMemory(nn.Module, ABC):
 
     def init_state(self, batch_size: int) -> HashState:
         """The state before the first token of `batch_size` sequences."""
-        return self.source.reader.init_state(batch_size, self.source.table.weight.device)
+        return self.source.reader.init_state(batch_size)
 
     def step(
         self,

@@ -95,13 +95,16 @@ class Fusion(nn.Module):
             residual=residual,
         )
 
-    def init_state(self, batch_size: int) -> FusionState:
-        """The state before the first token of `batch_size` sequences."""
+    def init_state(self, batch_size: int, device: torch.device | None = None) -> FusionState:
+        """The state before the first token of `batch_size` sequences; on the weights' device if none is named."""
         (M, D), shape = self.query_norm.shape, (batch_size, self.context)
-        zeros = self.query_norm.new_zeros
+        device = device or self.query_norm.device
         wide = torch.promote_types(self.query_norm.dtype, torch.float32)
-        documents = torch.full(shape, NO_DOCUMENT, dtype=torch.int64, device=self.query_norm.device)
-        return FusionState(zeros(*shape, D), zeros(*shape, M, dtype=wide), documents)
+        return FusionState(
+            torch.zeros(*shape, D, dtype=self.query_norm.dtype, device=device),
+            torch.zeros(*shape, M, dtype=wide, device=device),
+            torch.full(shape, NO_DOCUMENT, dtype=torch.int64, device=device),
+        )
 
     def step(self, hidden_BTMD: Tensor, kv: Tensor, documents: Tensor, state: FusionState) -> tuple[Fused, FusionState]:
         """As `forward` for T positions that follow `state`, and the state after them."""

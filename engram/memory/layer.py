@@ -119,9 +119,8 @@ class Engram(nn.Module):
 
     def init_state(self, batch_size: int) -> EngramState:
         """The state before the first token of `batch_size` sequences."""
-        return EngramState(
-            self.reader.init_state(batch_size, self.project.weight.device), self.fusion.init_state(batch_size)
-        )
+        ids = self.reader.init_state(batch_size)
+        return EngramState(ids, self.fusion.init_state(batch_size, ids.ids.device))
 
     def step(
         self,

@@ -62,9 +62,9 @@ class RowReader(nn.Module):
         """Rows `[B, T, H]` for raw ids `[B, T]`; a change of document id starts a new document."""
         return self.hasher(self._canonical(token_ids), self.layer, document_ids)
 
-    def init_state(self, batch_size: int, device: torch.device) -> HashState:
-        """The state before the first token of `batch_size` sequences."""
-        return self.hasher.init_state(batch_size, device)
+    def init_state(self, batch_size: int) -> HashState:
+        """The state before the first token of `batch_size` sequences, on the device where ids are hashed."""
+        return self.hasher.init_state(batch_size)
 
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:
         """Rows `[B, T, H]` of T new tokens that follow `state`, and the state after them."""
@@ -98,10 +98,10 @@ class PositionReader(RowReader):
     """
 
     def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        return self.step(token_ids, self.init_state(len(token_ids), token_ids.device), document_ids)[0]
+        return self.step(token_ids, self.init_state(len(token_ids)), document_ids)[0]
 
-    def init_state(self, batch_size: int, device: torch.device) -> HashState:
-        next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+    def init_state(self, batch_size: int) -> HashState:
+        next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.hasher.moduli.device)
         return HashState(next_position, next_position)
 
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:

@@ -1,5 +1,7 @@
 """Apply a mesh to a finished model: tables and experts to their owners, the rest to FSDP2, one block at a time.
 
+Or tables alone, in a model whose dense parameters a user's own loop looks after.
+
 A model built on the meta device is made block by block, so that no process ever holds all of it, and starts as the same
 model in one process would.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 
 from engram.backbone import EngramLM
 from engram.backbone.initialize import materialize
@@ -40,10 +43,7 @@ def parallelize(model: EngramLM, mesh: Mesh, device: torch.device, seed: int = 0
     if model.config.experts is not None and sizes.expert > 1:
         n = model.config.experts.n_experts
         require(n % sizes.expert == 0, "parallel.expert", sizes.expert, f"a divisor of experts.n_experts ({n})")
-    for memory in _memories(model):
-        for name, module in list(memory.named_children()):
-            if isinstance(module, MemoryTable):
-                setattr(memory, name, ShardedTable(module, mesh))
+    shard_tables(model, mesh)
     units: list[nn.Module] = [*_memories(model), *model.each_block()]
     for unit in units:
         materialize(unit, device, seed, names[unit])
@@ -59,6 +59,23 @@ def parallelize(model: EngramLM, mesh: Mesh, device: torch.device, seed: int = 0
     _shard(model, mesh)
     register_fsdp_forward_method(model, "run")
     return model
+
+
+def shard_tables(model: nn.Module, mesh: Mesh) -> None:
+    """Leave each process of a mesh its rows of every memory table in a model, in place, and nothing else changed.
+
+    It is enough for a loop that wraps `model` in `DistributedDataParallel`, as `accelerate` does, which is told to pass
+    tables by: NCCL can't sum row-sparse gradients. `model` must be the very module that is wrapped, and all processes
+    must call this with the same one. Tables on the meta device can be drawn after it, by `materialize`, so that no
+    process ever holds a whole one.
+    """
+    names = []
+    for prefix, module in model.named_modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, MemoryTable):
+                setattr(module, name, ShardedTable(child, mesh))
+                names.append(".".join(filter(None, (prefix, name, "weight"))))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def _memories(model: EngramLM) -> list[nn.Module]:
