@@ -8,6 +8,8 @@ model in one process would.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -18,6 +20,7 @@ from engram.backbone.initialize import materialize
 from engram.config import require
 from engram.experts import MoE
 from engram.memory import MemoryTable
+from engram.parallel.config import MeshSizes
 from engram.parallel.experts import ShardedExperts
 from engram.parallel.mesh import Mesh
 from engram.parallel.table import ShardedTable
@@ -38,11 +41,16 @@ def parallelize(model: EngramLM, mesh: Mesh, device: torch.device, seed: int = 0
 
     Raises:
         ConfigError: a number of experts that the groups of `parallel.expert` can't share evenly.
+
+    Warns where FSDP2 must cut experts over more processes than one has experts: it fills up to their number, and gathers
+    the filling too.
     """
     sizes, names = mesh.sizes, {module: name for name, module in model.named_modules()}
     if model.config.experts is not None and sizes.expert > 1:
         n = model.config.experts.n_experts
         require(n % sizes.expert == 0, "parallel.expert", sizes.expert, f"a divisor of experts.n_experts ({n})")
+        if mesh.for_experts is not None and n // sizes.expert < sizes.expert_shard:
+            _warn_of_filling(n // sizes.expert, sizes)
     shard_tables(model, mesh)
     units: list[nn.Module] = [*_memories(model), *model.each_block()]
     for unit in units:
@@ -59,6 +67,15 @@ def parallelize(model: EngramLM, mesh: Mesh, device: torch.device, seed: int = 0
     _shard(model, mesh)
     register_fsdp_forward_method(model, "run")
     return model
+
+
+def _warn_of_filling(held: int, sizes: MeshSizes) -> None:
+    times = sizes.expert_shard / held
+    warnings.warn(
+        f"a process holds {held} experts of a layer, which FSDP2 cuts over {sizes.expert_shard} processes: each gather is "
+        f"{times:.1f} times as large as it need be; a smaller parallel.shard, or a larger parallel.expert, avoids it",
+        stacklevel=3,
+    )
 
 
 def shard_tables(model: nn.Module, mesh: Mesh) -> None:

@@ -111,7 +111,7 @@ def _create(path: Path, shapes: Shapes) -> dict[str, Tensor]:
     """A file for tensors of these shapes, and the tensors, which lie in the mapped file."""
     # Wide types first: then every tensor starts at a multiple of its numbers' size.
     names = sorted(shapes, key=lambda name: -shapes[name][1].itemsize)
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers and accelerate ask for
     end = 0
     for name in names:
         shape, dtype = shapes[name]

@@ -40,7 +40,7 @@ def save_model(
 
     def write(draft: Path) -> None:
         try:
-            save_file(tensors, draft / WEIGHTS)
+            save_file(tensors, draft / WEIGHTS, {"format": "pt"})
         except SafetensorError as error:  # safetensors tells of the disk in words alone
             raise ConfigError(f"cannot write {str(Path(folder) / WEIGHTS)!r}: {error}") from error
         (draft / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
