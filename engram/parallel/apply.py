@@ -42,14 +42,14 @@ def parallelize(model: EngramLM, mesh: Mesh, device: torch.device, seed: int = 0
     Raises:
         ConfigError: a number of experts that the groups of `parallel.expert` can't share evenly.
 
-    Warns where FSDP2 must cut experts over more processes than one has experts: it fills up to their number, and gathers
-    the filling too.
+    Warns where FSDP2 must cut experts over more processes than one has experts: it fills up to their number, and
+    gathers the filling too.
     """
     sizes, names = mesh.sizes, {module: name for name, module in model.named_modules()}
-    if model.config.experts is not None and sizes.expert > 1:
+    if model.config.experts is not None:
         n = model.config.experts.n_experts
         require(n % sizes.expert == 0, "parallel.expert", sizes.expert, f"a divisor of experts.n_experts ({n})")
-        if mesh.for_experts is not None and n // sizes.expert < sizes.expert_shard:
+        if n // sizes.expert < sizes.expert_shard:
             _warn_of_filling(n // sizes.expert, sizes)
     shard_tables(model, mesh)
     units: list[nn.Module] = [*_memories(model), *model.each_block()]
@@ -72,8 +72,8 @@ def parallelize(model: EngramLM, mesh: Mesh, device: torch.device, seed: int = 0
 def _warn_of_filling(held: int, sizes: MeshSizes) -> None:
     times = sizes.expert_shard / held
     warnings.warn(
-        f"a process holds {held} experts of a layer, which FSDP2 cuts over {sizes.expert_shard} processes: each gather is "
-        f"{times:.1f} times as large as it need be; a smaller parallel.shard, or a larger parallel.expert, avoids it",
+        f"FSDP2 cuts {held} experts of a layer over {sizes.expert_shard} processes, so that each gather of them is "
+        f"{times:.1f} times as large as it need be: take a smaller parallel.shard or a larger parallel.expert",
         stacklevel=3,
     )
 

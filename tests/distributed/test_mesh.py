@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -93,3 +94,20 @@ def alone(rank: int, n: int) -> tuple[float, float]:
 def test_a_group_of_one_process_computes_what_the_model_does(world_of: Callable[[int], World]) -> None:
     spread, whole = world_of(1).run(alone)[0]
     assert spread == pytest.approx(whole, abs=1e-6)
+
+
+def warned(rank: int, n: int, mesh: dict[str, int], n_experts: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build(mesh, changes={"experts": {**MODEL["experts"], "n_experts": n_experts, "top_k": 2}})
+    return [str(w.message) for w in caught if "FSDP2 cuts" in str(w.message)]
+
+
+def test_experts_cut_over_more_processes_than_there_are_of_them_are_warned_of(
+    world_of: Callable[[int], World],
+) -> None:
+    assert world_of(4).run(warned, {"expert": 2}, 4) == [[]] * 4  # two here, over two processes
+    assert world_of(4).run(warned, {}, 4) == [[]] * 4
+    for said in world_of(4).run(warned, {}, 2):
+        assert len(said) == 1
+        assert "FSDP2 cuts 2 experts of a layer over 4 processes, so that each gather of them is 2.0 times" in said[0]
