@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from engram.config import ConfigError
 from engram.parallel.state import Owned, Piece, entries, optimizer_state, parameters_of
 
-_RUN, _CONTENTS, _SUFFIX = "run.pt", ".metadata", ".distcp"
+_RUN, _CONTENTS, _SUFFIX, _REPLACED = "run.pt", ".metadata", ".distcp", ".replaced"
 _FILE_BYTES = 2**29
 
 
@@ -41,9 +41,10 @@ def checkpoint_folder(parent: Path, step: int) -> Path:
 
 
 def checkpoints_in(parent: Path) -> list[Path]:
-    """The whole checkpoints in a folder, by step."""
-    found = [path for path in parent.glob("step-*") if all((path / name).is_file() for name in (_RUN, _CONTENTS))]
-    return sorted(found, key=lambda path: path.name)
+    """The whole checkpoints in a folder, by step; one that a save was killed in replacing stands under another name."""
+    found = [path for path in parent.glob("step-*") if _is_whole(path)]
+    replaced = [path for path in parent.glob(f".step-*{_REPLACED}") if _is_whole(path) and not _named(path).exists()]
+    return sorted((*replaced, *found), key=lambda path: _named(path).name)
 
 
 def last_checkpoint(parent: Path) -> Path | None:
@@ -207,8 +208,7 @@ class _WholeFolderWriter(FileSystemWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         if is_coordinator:  # nobody writes before this process has seen everybody's plan
-            for leftover in (_draft(self._folder), _old(self._folder)):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(_draft(self._folder), ignore_errors=True)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[Any]:
         """Write some items to each file: what is copied to be written is kept until a file is done."""
@@ -227,12 +227,15 @@ class _WholeFolderWriter(FileSystemWriter):
             file.flush()
             os.fsync(file.fileno())
         if self._folder.exists():  # of a run that trained these steps before
-            self._folder.rename(_old(self._folder))
+            shutil.rmtree(_replaced(self._folder), ignore_errors=True)
+            self._folder.rename(_replaced(self._folder))
         draft.rename(self._folder)
-        shutil.rmtree(_old(self._folder), ignore_errors=True)
+        shutil.rmtree(_replaced(self._folder), ignore_errors=True)
         for path in checkpoints_in(self._folder.parent):
             if path != self._folder:
                 remove_checkpoint(path)
+        for leftover in self._folder.parent.glob(".step-*"):  # of this save, and of others that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _divided(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
@@ -254,9 +257,10 @@ def _divided(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint, which is none any more before it is no longer whole."""
     if folder.is_dir():
-        shutil.rmtree(_old(folder), ignore_errors=True)
-        folder.rename(_old(folder))
-        shutil.rmtree(_old(folder), ignore_errors=True)
+        old = _old(_named(folder))
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _draft(folder: Path) -> Path:
@@ -265,6 +269,19 @@ def _draft(folder: Path) -> Path:
 
 def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{_REPLACED}")
+
+
+def _named(folder: Path) -> Path:
+    """The name of a checkpoint that may stand as one that is replaced."""
+    return folder.with_name(folder.name.removeprefix(".").removesuffix(_REPLACED))
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (_RUN, _CONTENTS))
 
 
 class SafeReader(FileSystemReader):
@@ -306,7 +323,9 @@ def _writing(folder: Path) -> Iterator[None]:
         try:
             yield
         except (Exception, CheckpointException):  # which is no Exception
-            shutil.rmtree(_draft(folder), ignore_errors=True)
+            # Not by others: while they fail, of waiting too long, this process may be giving the draft its name.
+            if not _is_spread() or dist.get_rank() == 0:
+                shutil.rmtree(_draft(folder), ignore_errors=True)
             raise
 
 
