@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from engram.config import require
 from engram.parallel.checkpoint import checkpoint_folder, last_checkpoint
+from engram.training.logs import CSVMetrics
 
 CHECKPOINTS = "checkpoints"
 
@@ -71,4 +72,15 @@ class LastCheckpoint(Checkpoint):
         # Between the steps of accumulated gradients `global_step` stays, and nothing may be saved.
         if step % self.every == 0 and step != self.saved_step:
             self.saved_step = step
+            _write_metrics(trainer)
             trainer.save_checkpoint(checkpoint_folder(self.folder, step))
+
+
+def _write_metrics(trainer: Any) -> None:
+    """Write what is logged of all steps so far: a run that is killed and goes on from the checkpoint needs the rows."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVMetrics):
+            if trainer.global_step % trainer.log_every_n_steps == 0:  # Lightning logs the last step after this
+                values = {name: float(value) for name, value in trainer.logged_metrics.items()}
+                logger.log_metrics(values, trainer.global_step - 1)
+            logger.write()

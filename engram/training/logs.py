@@ -58,7 +58,7 @@ class CSVMetrics(Logger):
     def go_on_from(self, step: int) -> None:
         """Drop the rows that an earlier run in this folder logged for this step and later ones; keep the others."""
         self._rows = {s: row for s, row in _read(self.path).items() if s < step}
-        self._write()
+        self.write()
         if not self._rows:
             self.path.unlink(missing_ok=True)
 
@@ -66,14 +66,16 @@ class CSVMetrics(Logger):
     def save(self) -> None:
         """Write the file if a few seconds have passed since it was last written."""
         if time.monotonic() - self._last_write > _SECONDS_BETWEEN_WRITES:
-            self._write()
+            self.write()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write the file."""
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    @rank_zero_only
+    def write(self) -> None:
+        """Write the file."""
         if not self._rows:
             return
         self._last_write = time.monotonic()

@@ -18,6 +18,7 @@ from typing import Any
 
 import jsonargparse
 import lightning
+import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -33,7 +34,7 @@ from engram.training.data import TokenData
 from engram.training.environment import freeze_objects, prepare_process
 from engram.training.logs import Bar, CSVMetrics
 from engram.training.module import LitEngramLM, NonFiniteLossError
-from engram.training.recorder import EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_STOPPED, RunRecorder
+from engram.training.recorder import EXIT_BAD_SETTING, EXIT_LOST_RANK, EXIT_NON_FINITE, EXIT_STOPPED, RunRecorder
 from engram.training.strategy import MeshStrategy
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
@@ -186,6 +187,9 @@ def main(args: list[str] | None = None) -> int:
             raise
         print(f"error: cannot use {error.filename or 'the run folder'!r}: {error.strerror}", file=sys.stderr)
         return EXIT_BAD_SETTING
+    except torch.distributed.DistError as error:
+        print(f"error: the processes of this job did not meet: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_LOST_RANK
     except NonFiniteLossError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return EXIT_NON_FINITE

@@ -25,7 +25,7 @@ from engram.training.weights import save_checkpoints_model, save_model
 
 PROGRESS, RESULT = "progress.json", "result.json"
 # How a run ended, if not well.
-EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 130
+EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_LOST_RANK, EXIT_STOPPED = 2, 3, 4, 130
 _SECONDS_BETWEEN_WRITES = 1.0
 
 

@@ -1,26 +1,34 @@
 """How Lightning runs the processes of a run: each with its part of the model, and checkpoints that fit any mesh.
 
-With one process there is no process group, and the model is whole; checkpoints are the same.
+With one process there is no process group, and the model is whole; checkpoints are the same. With more, each ends when
+another is lost, and says which: `EXIT_LOST_RANK`.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
+import lightning
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import nn
 from torch.optim import Optimizer
 
 from engram.config import ConfigError
-from engram.parallel.checkpoint import CheckpointWriter, load, read_run, remove_checkpoint
+from engram.parallel.checkpoint import CheckpointWriter, last_checkpoint, load, read_run, remove_checkpoint
 from engram.parallel.config import ParallelConfig
+from engram.parallel.heartbeat import Heartbeat
 from engram.parallel.mesh import Mesh
+from engram.training.checkpoint import CHECKPOINTS
 from engram.training.optim import Together
+from engram.training.recorder import EXIT_LOST_RANK
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -29,7 +37,8 @@ class MeshStrategy(ModelParallelStrategy):
     Args:
         parallel: sizes of the mesh.
         asynchronous: write checkpoints while training goes on.
-        timeout_s: seconds that a process waits for the others before it gives up.
+        timeout_s: seconds that a process waits for the others before it gives up; half of it for one of whom nothing is
+            heard at all.
     """
 
     def __init__(self, parallel: ParallelConfig, asynchronous: bool = False, timeout_s: float = 600.0) -> None:
@@ -37,7 +46,10 @@ class MeshStrategy(ModelParallelStrategy):
         self.parallel = parallel
         self.mesh: Mesh | None = None
         self._asynchronous = asynchronous
+        self._timeout_s = timeout_s
         self._writer: CheckpointWriter | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._ending = threading.Lock()
 
     def setup_environment(self) -> None:
         """Join the process group, if there are others."""
@@ -46,6 +58,17 @@ class MeshStrategy(ModelParallelStrategy):
             self.set_world_ranks()
             return
         self._setup_distributed()
+        met = self.cluster_environment
+        assert met is not None
+        self._heartbeat = Heartbeat(
+            self.global_rank,
+            self.world_size,
+            met.main_address,
+            met.main_port,
+            self._timeout_s / 2,
+            lambda: self._trainer.global_step,
+            self._end_lost,
+        )
         self.mesh = Mesh.of(self.parallel, self.root_device.type)
 
     @property
@@ -100,10 +123,45 @@ class MeshStrategy(ModelParallelStrategy):
         if self.is_global_zero:
             remove_checkpoint(Path(filepath))
 
+    @property
+    def _trainer(self) -> lightning.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the process here if others are the cause: what follows would wait for them."""
+        if self._heartbeat is not None:
+            if _is_of_others(exception):
+                self._end_lost(self._heartbeat.explain())
+            self._heartbeat.leave(patience_s=5.0)
+            self._heartbeat = None
+
+    def _end_lost(self, reason: str) -> None:
+        """Say why, and end, with all that is waiting in other threads."""
+        self._ending.acquire()  # for good: one thread says it
+        assert self._heartbeat is not None
+        saved = last_checkpoint(Path(self._trainer.default_root_dir) / CHECKPOINTS)
+        hint = "; go on with --ckpt_path last" if saved else ""
+        print(f"error: {reason}{hint}", file=sys.stderr, flush=True)
+        self._heartbeat.kill_lost()
+        os._exit(EXIT_LOST_RANK)
+
     def teardown(self) -> None:
         """Finish what is being written, and leave the process group."""
         if self._writer is not None:
             self._writer.wait()
+        if self._heartbeat is not None:
+            self._heartbeat.leave(self._timeout_s)
+            self._heartbeat = None
         super().teardown()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _is_of_others(error: BaseException | None) -> bool:
+    """Whether torch failed to reach other processes: gloo says so in words alone."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
