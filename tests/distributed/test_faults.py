@@ -163,43 +163,41 @@ def whole(start: Start) -> Job:
     return job
 
 
-@pytest.mark.parametrize(
-    ("number", "rank", "happened"),
-    [
-        (signal.SIGKILL, 1, r"has died, last at step \d"),
-        (signal.SIGKILL, 0, r"has died, last at step \d"),
-        (signal.SIGSTOP, 1, r"has not been heard of for \d+ s, last at step \d"),
-    ],
-)
-def test_a_lost_rank_ends_the_job_which_names_it_and_goes_on_with_the_same_losses(
-    start: Start, whole: Job, number: signal.Signals, rank: int, happened: str
+def assert_names(job: Job, rank: int, happened: str) -> None:
+    """In one line, and in time."""
+    said = rf"^error: rank {rank} \(\S+, pid \d+\) {happened}, last at step \d; go on with --ckpt_path last$"
+    assert re.search(said, job.said, re.M), job.said
+    assert job.seconds < TIMEOUT_S
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_job_which_names_it_and_goes_on_with_the_same_losses(
+    start: Start, whole: Job, rank: int
 ) -> None:
-    job = start(LIGHTNING, (number, rank))
+    job = start(LIGHTNING, (signal.SIGKILL, rank))
     # Rank 0 is the process that was started: if it is killed, that is how it ends.
     assert job.code == (-signal.SIGKILL if rank == 0 else EXIT_LOST_RANK)
-    assert job.seconds < TIMEOUT_S
-    assert re.search(rf"^error: rank {rank} \(\S+, pid \d+\) {happened}; go on with --ckpt_path last$", job.said, re.M)
+    assert_names(job, rank, "has died")
     assert "Traceback" not in job.said
     resumed = start(LIGHTNING, None, job.folder)
     assert resumed.code == 0, resumed.said
     assert resumed.losses == whole.losses
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
-def test_torchrun_starts_again_by_itself_and_ends_with_the_same_losses(
-    start: Start, whole: Job, number: signal.Signals, rank: int
-) -> None:
-    job = start(TORCHRUN, (number, rank))
+def test_a_rank_that_hangs_is_killed_and_named_even_if_it_keeps_the_store(start: Start) -> None:
+    job = start(LIGHTNING, (signal.SIGSTOP, 0))
+    assert job.code == -signal.SIGKILL
+    assert_names(job, 0, r"has not been heard of for \d+ s")
+
+
+def test_torchrun_starts_again_by_itself_and_ends_with_the_same_losses(start: Start, whole: Job) -> None:
+    job = start(TORCHRUN, (signal.SIGKILL, 1))
     assert job.code == 0, job.said
-    assert f"error: rank {rank} (" in job.said
+    assert "error: rank 1 (" in job.said
     assert job.losses == whole.losses
 
 
-def test_a_job_of_accelerate_ends_too_and_names_the_rank(start: Start, whole: Job) -> None:
+def test_a_job_of_accelerate_ends_too_and_names_the_rank(start: Start) -> None:
     job = start(ACCELERATE, (signal.SIGKILL, 1))
-    assert job.code != 0
-    assert job.seconds < TIMEOUT_S
-    assert "error: rank 1 (" in job.said
-    resumed = start(ACCELERATE, None, job.folder)
-    assert resumed.code == 0, resumed.said
-    assert resumed.losses == whole.losses
+    assert job.code not in (0, None)
+    assert_names(job, 1, "has died")
