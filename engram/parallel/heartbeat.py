@@ -45,7 +45,7 @@ class Heartbeat:
 
     Args:
         rank, n: of this process, and how many there are.
-        address, port: of the store that the process group was made with. Its keeper counts as rank 0.
+        store: that the process group was made with. Its keeper counts as rank 0.
         silence_s: seconds after which a process that says nothing is lost.
         step: the step that this process is at.
         lost: called, in a thread, with a sentence on who is lost.
@@ -55,16 +55,14 @@ class Heartbeat:
         self,
         rank: int,
         n: int,
-        address: str,
-        port: int,
+        store: dist.Store,
         silence_s: float,
         step: Callable[[], int],
         lost: Callable[[str], None],
     ) -> None:
         self.rank, self._silence_s, self._step, self._tell = rank, silence_s, step, lost
         self._seconds = min(max(1.0, n / 64), silence_s / 4)  # each reads what all say: with many, more rarely
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-        self._store = dist.PrefixStore("heartbeat", store)
+        self._store = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined] # a connection that may hang
         self._store.set(f"who-{rank}", json.dumps([*_machine(), os.getpid()]))
         others = [r for r in range(n) if r != rank]
         whos = self._store.multi_get([f"who-{r}" for r in others])  # which waits for them
@@ -72,11 +70,12 @@ class Heartbeat:
         now = time.monotonic()
         self._said = dict.fromkeys(others, ("", now))
         self._answered = now  # the store, a question of this time
-        self._hurry, self._left = threading.Event(), threading.Event()
-        store.set_timeout(timedelta(seconds=2 * self._seconds))
+        self._hurry, self._left, self._over = threading.Event(), threading.Event(), threading.Event()
+        self._store.set_timeout(timedelta(seconds=2 * self._seconds))
         # Two threads: the one that talks waits for good where the store's keeper hangs.
-        for run in (self._talk, self._watch):
-            threading.Thread(target=run, name="heartbeat", daemon=True).start()
+        self._talking = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
+        self._talking.start()
+        threading.Thread(target=self._watch, name="heartbeat-watch", daemon=True).start()
 
     def leave(self, patience_s: float) -> None:
         """Say that this process ends by its own will, before it does. Rank 0, with whom the store may end, waits for
@@ -86,8 +85,12 @@ class Heartbeat:
         until = time.monotonic() + patience_s
         while self.rank == 0 and time.monotonic() < until:
             if all(self._said[peer.rank][0] == _LEFT or peer.has_ended for peer in self._peers):
-                return
+                break
             time.sleep(self._seconds / 20)
+        # Not left to the interpreter's end: it aborts the process if a thread is in torch's store then.
+        self._over.set()
+        self._hurry.set()
+        self._talking.join(2 * self._seconds)
 
     def explain(self) -> str:
         """Why a collective may have failed, in one sentence: who is lost, or where all are. Takes a few seconds."""
@@ -110,9 +113,9 @@ class Heartbeat:
                     signal.pidfd_send_signal(peer.handle, signal.SIGKILL)
 
     def _talk(self) -> None:
-        """Tell and listen, for as long as this process lives."""
+        """Tell and listen, until it is over."""
         beats = 0
-        while True:
+        while not self._over.is_set():
             began, beats = time.monotonic(), beats + 1
             with suppress(RuntimeError):  # the store does not answer: `_answered` tells
                 self._store.set(str(self.rank), _LEFT if self._left.is_set() else f"{beats} {self._step()}")

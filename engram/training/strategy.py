@@ -57,19 +57,41 @@ class MeshStrategy(ModelParallelStrategy):
             Strategy.setup_environment(self)
             self.set_world_ranks()
             return
+        Strategy.setup_environment(self)
+        self.set_world_ranks()
+        store = self._join()
         self._setup_distributed()
-        met = self.cluster_environment
-        assert met is not None
         self._heartbeat = Heartbeat(
             self.global_rank,
             self.world_size,
-            met.main_address,
-            met.main_port,
+            store,
             self._timeout_s / 2,
             lambda: self._trainer.global_step,
             self._end_lost,
         )
         self.mesh = Mesh.of(self.parallel, self.root_device.type)
+
+    def _join(self) -> dist.Store:
+        """Make the process group before Lightning does; returns the store that the processes meet in.
+
+        That of torchrun stays when it starts them again, where torch would find the addresses of those that are gone:
+        each attempt has names of its own in it.
+        """
+        met = self.cluster_environment
+        assert met is not None
+        os.environ.update(MASTER_ADDR=met.main_address, MASTER_PORT=str(met.main_port))
+        rank, n, timeout = self.global_rank, self.world_size, timedelta(seconds=self._timeout_s)
+        store, _, _ = next(dist.rendezvous("env://", rank, n, timeout=timeout))
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(
+            self._get_process_group_backend(),
+            store=store,
+            rank=rank,
+            world_size=n,
+            timeout=timeout,
+            device_id=None if self.root_device.type == "cpu" else self.root_device,
+        )
+        return store
 
     @property
     def writer(self) -> CheckpointWriter:

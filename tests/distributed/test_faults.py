@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 12, 4
 TIMEOUT_S = 30.0
 LIGHTNING: list[str] = []
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
 # On a machine without GPUs accelerate starts several processes only if it is told that there are some.
 ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2"]
 ACCELERATE += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
