@@ -197,7 +197,8 @@ def test_torchrun_starts_again_by_itself_and_ends_with_the_same_losses(start: St
     assert job.losses == whole.losses
 
 
-def test_a_job_of_accelerate_ends_too_and_names_the_rank(start: Start) -> None:
+def test_a_job_of_accelerate_ends_too_and_names_the_rank(start: Start, whole: Job) -> None:
     job = start(ACCELERATE, (signal.SIGKILL, 1))
     assert job.code not in (0, None)
     assert_names(job, 1, "has died")
+    assert job.losses == {step: whole.losses[step] for step in range(EVERY)}
