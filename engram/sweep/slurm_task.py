@@ -25,7 +25,7 @@ from engram.training.environment import training_environment
 from engram.training.recorder import RESULT
 
 PREEMPTED = "preempted"  # how a run ended that will be requeued
-EXIT_SUPERSEDED = 4
+EXIT_SUPERSEDED = 5
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 15.0  # of the 90 that submitit asks for between Slurm's signal and its end
 _SECONDS_BETWEEN_CHECKS = 10.0
