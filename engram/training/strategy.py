@@ -51,6 +51,11 @@ class MeshStrategy(ModelParallelStrategy):
         self._heartbeat: Heartbeat | None = None
         self._ending = threading.Lock()
 
+    def _configure_launcher(self) -> None:
+        # With one process there is nothing to launch, and a launcher would leave variables of a job in the environment.
+        if self.num_nodes * self.num_processes > 1:
+            super()._configure_launcher()
+
     def setup_environment(self) -> None:
         """Join the process group, if there are others."""
         if self.world_size == 1:

@@ -145,3 +145,12 @@ def test_a_config_that_is_no_text_is_refused_in_one_line(tmp_path: Path, capsys:
 def test_only_fit_and_validate_are_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name]) == 2
     assert said(capsys).startswith("error: ")
+
+
+def test_a_run_of_one_process_leaves_no_variables_of_a_job(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others who look for a job in the environment, as accelerate does, would take this process for a part of one."""
+    of_jobs = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK")
+    for name in of_jobs:
+        monkeypatch.delenv(name, raising=False)
+    assert train().code == 0
+    assert not set(of_jobs) & os.environ.keys()
