@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from engram.budget import ParameterBudget
 from engram.config import require
-from engram.parallel.checkpoint import CheckpointWriter, remove_checkpoint
+from engram.parallel.checkpoint import CheckpointWriter
 from engram.training.atomic import write_json
 from engram.training.logs import CSVMetrics
 from engram.training.module import LitEngramLM
@@ -139,11 +140,11 @@ class RunRecorder(lightning.Callback):
             return
         run: dict[str, Any] = {}
         module.on_save_checkpoint(run)
-        parts = folder.with_name(f".{folder.name}.parts")
+        parts = folder.with_name(f".{folder.name}.parts") / "checkpoint"  # alone there: a save removes its neighbours
         CheckpointWriter().save(parts, module.model, [], run)
         if trainer.is_global_zero:
             save_checkpoints_model(parts, folder)
-            remove_checkpoint(parts)
+            shutil.rmtree(parts.parent)
 
     def tokens_per_second(self, module: LitEngramLM) -> float:
         """Training speed so far, over all ranks; 0 before the second step."""
