@@ -43,6 +43,8 @@ _NO_NEWS = (
     ".*LeafSpec.*",
     "torch.distributed is disabled, unavailable or uninitialized",
     "FSDP2-wrapped module .* returned a view tensor",
+    "It is recommended to use `self.log",  # of values that are those of all ranks already
+    "The `srun` command is available",
 )
 _DEFAULTS = {
     "trainer.precision": "bf16-mixed",
