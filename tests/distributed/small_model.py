@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,13 @@ def build(
     if mesh is None:
         materialize(model, CPU, 0)
         return model
-    return parallelize(model, Mesh.of(ParallelConfig(**mesh), "cpu"), CPU, 0)
+    return parallelize(model, mesh_of(**mesh), CPU, 0)
+
+
+@functools.cache
+def mesh_of(**sizes: Any) -> Mesh:
+    """One for each shape: gloo never gives back the threads of its groups."""
+    return Mesh.of(ParallelConfig(**sizes), "cpu")
 
 
 class Losses(NamedTuple):

@@ -24,6 +24,7 @@ class World:
     def __init__(self, n: int, store: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.n = n
+        self.runs = 0
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(n):
@@ -35,6 +36,7 @@ class World:
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(rank, n, *args)` in every process at once; what each returned, by rank."""
+        self.runs += 1
         for pipe in self._pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}
