@@ -1,6 +1,6 @@
 """Sweeps on a real Slurm: two nodes on this machine, jobs that are preempted, killed, cancelled and found again.
 
-`make cluster-test` runs them, in about 7 minutes; skipped where Slurm and munge are not installed (Debian: `apt install
+`make cluster-test` runs them, in about 4 minutes; skipped where Slurm and munge are not installed (Debian: `apt install
 slurm-wlm munge`).
 """
 
