@@ -146,13 +146,13 @@ def _make_states(
         if whole.startswith("optimizer."):
             name, _, key = whole.removeprefix("optimizer.").rpartition(".")
             shapes.setdefault(name, {})[key] = described
+    optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, owned in parameters_of(model).items():
-        for optimizer in optimizers:
-            if any(owned.value is p for group in optimizer.param_groups for p in group["params"]):
-                states = {key: _state_like(owned, described) for key, described in shapes.get(name, {}).items()}
-                states |= kept["numbers"].get(name, {})
-                if states:
-                    optimizer.state[owned.value] = states
+        if owned.value in optimizer_of:
+            states = {key: _state_like(owned, described) for key, described in shapes.get(name, {}).items()}
+            states |= kept["numbers"].get(name, {})
+            if states:
+                optimizer_of[owned.value].state[owned.value] = states
 
 
 def _state_like(owned: Owned, described: TensorStorageMetadata) -> Any:
@@ -182,9 +182,9 @@ def _fill_other_rows(wanted: dict[str, Tensor], saved: dict[str, Any], reader: F
             dcp.load({entry: values}, storage_reader=reader, no_dist=True)
             rows = there.rows(len(values))
             for name, piece in here.items():
-                at, over = (rows - piece.first).div(piece.stride, rounding_mode="floor"), rows - piece.first
-                at -= piece.start
-                mine = (over % piece.stride == 0) & (at >= 0) & (at < len(wanted[name]))
+                past = rows - piece.first
+                at = past.div(piece.stride, rounding_mode="floor") - piece.start
+                mine = (past % piece.stride == 0) & (at >= 0) & (at < len(wanted[name]))
                 wanted[name][at[mine]] = values[mine].to(wanted[name].device)
 
 

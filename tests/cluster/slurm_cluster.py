@@ -2,7 +2,7 @@
 
 Everything (configuration, keys, state, logs) lies in one folder. By hand, until Ctrl-C:
 
-    python tests/cluster/slurm_cluster.py /tmp/cluster     # prints the `export` lines that make it your cluster
+    python tests/cluster/slurm_cluster.py "$(mktemp -d)"     # prints the `export` lines that make it your cluster
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from small_sweep import PLAN
 
 from engram.budget import ParameterBudget
 from engram.cli import main
@@ -12,16 +13,7 @@ from engram.config import ConfigError, ModelConfig
 from engram.sweep.plan import SweepPlan, plan_table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MODEL = {
-    "vocab_size": 300,
-    "d_model": 32,
-    "n_layers": 2,
-    "attention": {"kind": "gqa", "n_heads": 2, "n_kv_heads": 2, "head_dim": 16},
-    "dense_width": 64,
-    "max_seq_len": 32,
-    "experts": {"n_experts": 32, "top_k": 2, "width": 16, "shared_width": 96},
-    "memory": {"layers": [1], "n_heads": 2, "row_width": 8, "eos_id": 1},
-}
+MODEL = PLAN["model"]
 
 
 def settings(**changes: Any) -> dict[str, Any]:
