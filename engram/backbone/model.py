@@ -19,7 +19,7 @@ from engram.backbone.block import Block
 from engram.backbone.norm import RMSNorm
 from engram.config import ModelConfig
 from engram.experts import MoE, RoutingStats
-from engram.memory import AdditiveBigram, Engram, build_memory
+from engram.memory import Memory, build_memory
 from engram.tensors import require_ids
 
 
@@ -80,6 +80,11 @@ class EngramLM(nn.Module):
         """The expert layers, first block first: the order of `ModelOutput.routing`."""
         return [block.ffn for block in self.each_block() if isinstance(block.ffn, MoE)]
 
+    def memories(self) -> dict[str, Memory]:
+        """The memories: `input`, on the embedding, and by the number of the block they stand before."""
+        at_input = {} if self.input_memory is None else {"input": self.input_memory}
+        return cast(dict[str, Memory], at_input | dict(self.memory.items()))
+
     def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Logits `[B, T, V]` of the next token for ids `[B, T]`.
 
@@ -95,17 +100,18 @@ class EngramLM(nn.Module):
         """As `forward`, up to the head, with what routers and gates did."""
         require_ids(token_ids, self.config.vocab_size)
         positions = positions_of(token_ids, document_ids, self.config.attention)
+        # Before all else: tables that lie elsewhere copy these rows while the first blocks compute.
+        readings = {name: memory.look_up(token_ids, document_ids) for name, memory in self.memories().items()}
         h = self.embed(token_ids)
         if self.input_memory is not None:
-            h = h + self.input_memory(h, token_ids, document_ids)
+            h = self.memories()["input"].add_to(h, readings["input"]).hidden
         if self.config.branches > 1:
             h = h.unsqueeze(2).expand(-1, -1, self.config.branches, -1)
         routing: list[RoutingStats] = []
         gates: dict[int, Tensor] = {}
         for layer, block in enumerate(self.each_block()):
             if str(layer) in self.memory:
-                memory = cast(Engram | AdditiveBigram, self.memory[str(layer)])
-                h, alpha = memory.add_to(h, token_ids, document_ids)
+                h, alpha, _ = self.memories()[str(layer)].add_to(h, readings[str(layer)])
                 if alpha is not None:
                     gates[layer] = alpha
             h, stats = block(h, positions)
