@@ -5,6 +5,7 @@ with a plain-torch reference that runs anywhere and, where a compiler is at hand
 """
 
 from engram.kernels.causal_attention import attention, has_attention
+from engram.kernels.elsewhere import pick_rows, picks_from_host, read_ahead
 from engram.kernels.fusion import Fused, fuse_memory
 from engram.kernels.grouped_swiglu import grouped_swiglu, has_grouped_swiglu
 from engram.kernels.hashing import hash_ngrams
@@ -38,6 +39,9 @@ __all__ = [
     "load_native",
     "norm_rotate",
     "orthogonalize",
+    "pick_rows",
+    "picks_from_host",
+    "read_ahead",
     "read_branches",
     "rms_norm",
     "route",

@@ -1,0 +1,58 @@
+"""Rows picked from a cache or a table against indexing; reading ahead against what the system says is in memory."""
+
+import ctypes
+import mmap
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engram.kernels import load_native, pick_rows, read_ahead
+from engram.memory import DiskTable, MemoryTable
+
+
+@pytest.mark.parametrize("n_cached", [1, 9])
+def test_rows_come_from_the_cache_where_it_has_them(n_cached: int) -> None:
+    table = torch.randint(0, 255, (50, 6), dtype=torch.uint8)
+    cache = torch.randint(0, 255, (n_cached, 6), dtype=torch.uint8)
+    rows, slots = torch.randint(0, 50, (3, 40)), torch.randint(-1, n_cached, (3, 40))
+    picked = pick_rows(cache, slots, table, rows)
+    for at in [(i, j) for i in range(3) for j in range(40)]:
+        slot = int(slots[at])
+        assert torch.equal(picked[at], cache[slot] if slot >= 0 else table[int(rows[at])])
+    nothing = torch.empty(0, 6, dtype=torch.uint8)
+    assert torch.equal(pick_rows(cache, torch.zeros(4, dtype=torch.int64), nothing, rows[0, :4]), cache[[0] * 4])
+    torch.library.opcheck(torch.ops.engram.pick_rows.default, (cache, slots, table, rows))
+
+
+def pages_in_memory(records: Tensor) -> list[bool]:
+    """Which pages of a mapped tensor the system holds (mincore)."""
+    first = records.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    n = -(-(records.data_ptr() + records.numel() - first) // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * n)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(n * mmap.PAGESIZE), found) == 0
+    return [bool(page & 1) for page in found]
+
+
+def test_only_the_pages_of_rows_that_are_read_come_into_memory(tmp_path: Path) -> None:
+    if not load_native():
+        pytest.skip("no compiler for the kernels")
+    path = tmp_path / "table"
+    MemoryTable(64 * 512, 16).to_disk(path)  # 64 rows to a page
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    table = DiskTable(path)
+    if any(pages_in_memory(table.records)):
+        pytest.skip("a file system that keeps files in memory")
+    read_ahead(table.records, torch.tensor([64 * 7 + 3, 64 * 7 + 60, 64 * 8, 64 * 300 + 63]))
+    deadline = time.monotonic() + 10
+    while sum(pages_in_memory(table.records)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [i for i, there in enumerate(pages_in_memory(table.records)) if there] == [7, 8, 300]
+    with torch.no_grad():
+        table(torch.tensor([[[64 * 20]]]))
+    assert [i for i, there in enumerate(pages_in_memory(table.records)) if there] == [7, 8, 20, 300]
