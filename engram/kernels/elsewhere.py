@@ -1,7 +1,7 @@
-"""Rows of tables that don't lie where they are used: read ahead from a mapped file, or picked from a cache or the host.
+"""Rows of tables that don't lie where they are used: gathered from a mapped file, or picked from a cache or the host.
 
 A row of a mapped file that is not in memory stops whoever reads it for a trip to the disk, one after the other; told
-of all rows beforehand, the system fetches them side by side. Source: madvise(2), MADV_WILLNEED.
+of the rows beforehand, the system fetches them side by side. Source: madvise(2), MADV_WILLNEED.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from torch import Tensor
 from engram.kernels.library import define
 from engram.kernels.rows import gather_rows_reference
 
-_read_ahead = define(
-    "read_ahead(Tensor mapped, Tensor rows) -> ()",
-    lambda mapped, rows: None,  # no more than a hint
-    lambda mapped, rows: None,
+_gather_mapped = define(
+    "gather_mapped(Tensor mapped, Tensor rows) -> Tensor",
+    gather_rows_reference,
+    lambda mapped, rows: mapped.new_empty(len(rows), mapped.shape[1]),
 )
 
 
-def read_ahead(mapped: Tensor, rows: Tensor) -> None:
-    """Let the system begin to read rows `[n]` (int64, ascending) of a `[R, S]` table in a mapped file."""
-    _read_ahead(mapped, rows)
+def gather_mapped(mapped: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[n]` (int64, best ascending) of a table `[R, S]` in a mapped file, `[n, S]`, by the calling thread alone.
+
+    Raises IndexError beyond the table.
+    """
+    return _gather_mapped(mapped, rows)
 
 
 def pick_rows_reference(cache: Tensor, slots: Tensor, table: Tensor, rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engram.config import require
-from engram.kernels import gather_rows, picks_from_host, read_ahead
+from engram.kernels import gather_mapped, gather_rows, picks_from_host
 from engram.kernels.library import define
 from engram.memory.read_only import ReadOnlyTable
 from engram.memory.reading import ReadByThread, ReadFromPinned, ReadStats
@@ -133,8 +133,7 @@ class DiskTable(OffloadedTable):
         return f"{super().extra_repr()}, path={str(self.path)!r}"
 
     def _load(self, rows: Tensor) -> Tensor:
-        read_ahead(self.records, rows)
-        return super()._load(rows)
+        return gather_mapped(self.records, rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"records": None}

@@ -1,16 +1,15 @@
-"""Rows picked from a cache or a table against indexing; reading ahead against what the system says is in memory."""
+"""Rows picked from a cache or a table, and rows of mapped files, against indexing; and what is read of a file."""
 
 import ctypes
 import mmap
 import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from engram.kernels import load_native, pick_rows, read_ahead
+from engram.kernels import gather_mapped, load_native, pick_rows
 from engram.memory import DiskTable, MemoryTable
 
 
@@ -28,6 +27,11 @@ def test_rows_come_from_the_cache_where_it_has_them(n_cached: int) -> None:
     torch.library.opcheck(torch.ops.engram.pick_rows.default, (cache, slots, table, rows))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> None:
+    load_native()
+
+
 def pages_in_memory(records: Tensor) -> list[bool]:
     """Which pages of a mapped tensor the system holds (mincore)."""
     first = records.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
@@ -39,8 +43,6 @@ def pages_in_memory(records: Tensor) -> list[bool]:
 
 
 def test_only_the_pages_of_rows_that_are_read_come_into_memory(tmp_path: Path) -> None:
-    if not load_native():
-        pytest.skip("no compiler for the kernels")
     path = tmp_path / "table"
     MemoryTable(64 * 512, 16).to_disk(path)  # 64 rows to a page
     with path.open("rb") as file:
@@ -48,11 +50,25 @@ def test_only_the_pages_of_rows_that_are_read_come_into_memory(tmp_path: Path) -
     table = DiskTable(path)
     if any(pages_in_memory(table.records)):
         pytest.skip("a file system that keeps files in memory")
-    read_ahead(table.records, torch.tensor([64 * 7 + 3, 64 * 7 + 60, 64 * 8, 64 * 300 + 63]))
-    deadline = time.monotonic() + 10
-    while sum(pages_in_memory(table.records)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert [i for i, there in enumerate(pages_in_memory(table.records)) if there] == [7, 8, 300]
     with torch.no_grad():
-        table(torch.tensor([[[64 * 20]]]))
-    assert [i for i, there in enumerate(pages_in_memory(table.records)) if there] == [7, 8, 20, 300]
+        table(torch.tensor([64 * 7 + 3, 64 * 7 + 60, 64 * 8, 64 * 300 + 63]))
+    assert [i for i, there in enumerate(pages_in_memory(table.records)) if there] == [7, 8, 300]
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 129, 6000])
+@pytest.mark.parametrize("cold", [True, False])
+def test_rows_of_a_mapped_file_are_its_lines_in_memory_or_not(n: int, cold: bool, tmp_path: Path) -> None:
+    table = torch.randint(0, 255, (20_000, 96), dtype=torch.uint8)
+    table.numpy().tofile(tmp_path / "table")
+    with (tmp_path / "table").open("rb") as file:
+        os.fsync(file.fileno())
+        if cold:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    records = torch.frombuffer(mapped, dtype=torch.uint8).view(20_000, 96)
+    rows = torch.randint(0, 20_000, (n,)).sort().values
+    assert torch.equal(gather_mapped(records, rows), table[rows])
+    torch.library.opcheck(torch.ops.engram.gather_mapped.default, (table, rows))
+    for beyond in (-1, 20_000):
+        with pytest.raises(IndexError, match=f"{beyond}"):
+            gather_mapped(records, torch.tensor([3, beyond]))
