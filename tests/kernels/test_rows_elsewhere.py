@@ -48,11 +48,13 @@ def test_only_the_pages_of_rows_that_are_read_come_into_memory(tmp_path: Path) -
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     table = DiskTable(path)
-    if any(pages_in_memory(table.records)):
+    # The first few come with the header.
+    later = lambda: [i for i, there in enumerate(pages_in_memory(table.records)) if there and i >= 64]  # noqa: E731
+    if later():
         pytest.skip("a file system that keeps files in memory")
     with torch.no_grad():
-        table(torch.tensor([64 * 7 + 3, 64 * 7 + 60, 64 * 8, 64 * 300 + 63]))
-    assert [i for i, there in enumerate(pages_in_memory(table.records)) if there] == [7, 8, 300]
+        table(torch.tensor([64 * 70 + 3, 64 * 70 + 60, 64 * 71, 64 * 300 + 63]))
+    assert later() == [70, 71, 300]
 
 
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 129, 6000])
