@@ -82,10 +82,11 @@ def tensor_checksums(
     path: Path, header: Header, names: Iterable[str], advance: Advance | None = None
 ) -> dict[str, list[str]]:
     """Hex SHA-256 of each block of those tensors of a file."""
+    wanted = set(names)
     blocks = {
         name: [(start, min(start + _BLOCK, entry.end)) for start in range(entry.start, entry.end, _BLOCK)]
         for name, entry in header.entries.items()
-        if name in set(names)
+        if name in wanted
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pending = {
