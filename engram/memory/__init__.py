@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from engram.config import MemoryConfig, MemoryKind
-from engram.memory.baselines import AdditiveBigram, OverEncoding
+from engram.memory.baselines import AdditiveBigram, OverEncoding, UngatedMemory
 from engram.memory.compression import TokenCompressor
 from engram.memory.hashing import HashState, NgramHasher, table_sizes
 from engram.memory.layer import Engram, EngramState
@@ -21,6 +21,7 @@ __all__ = [
     "Engram",
     "EngramState",
     "HashState",
+    "Memory",
     "MemoryModules",
     "MemoryTable",
     "NgramHasher",
@@ -32,11 +33,15 @@ __all__ = [
 ]
 
 
+Memory = Engram | UngatedMemory
+
+
 class MemoryModules(NamedTuple):
     """The memories of a model: at most one on the token embedding, and those before the attention of blocks.
 
     Each is called with `(hidden, token_ids, document_ids=None, padding_mask=None)` and returns an update of `hidden`;
-    `init_state` and `step` are the same for decoding.
+    `look_up` and `add_to` do the same in two stages, of which the first needs ids alone; `init_state`, `step` and
+    `rollback` are for decoding.
     """
 
     at_input: nn.Module | None

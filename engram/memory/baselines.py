@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from engram.config import MemoryConfig, require
 from engram.memory.hashing import HashState
-from engram.memory.readers import RowReader, documents_of
-from engram.memory.table import MemoryTable
+from engram.memory.layer import Added
+from engram.memory.readers import Reading, RowReader
+from engram.memory.table import MemoryTable, concatenated
 
 
 class UngatedMemory(nn.Module, ABC):
@@ -53,21 +54,29 @@ class UngatedMemory(nn.Module, ABC):
         padding_mask: Tensor | None = None,
     ) -> Tensor:
         """The update of `hidden`, `[B, T, d]` or `[B, T, M, d]`, for raw ids `[B, T]`; the rest as for `Engram`."""
-        return self.step(hidden, token_ids, self.init_state(len(token_ids)), document_ids, padding_mask)[0]
+        return self._update(hidden, self.look_up(token_ids, document_ids, padding_mask))
 
-    def add_to(
+    def look_up(
         self,
-        hidden: Tensor,
         token_ids: Tensor,
         document_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
-        """`hidden` plus the update, and None for the gates."""
-        return hidden + self(hidden, token_ids, document_ids, padding_mask), None
+        state: HashState | None = None,
+    ) -> Reading:
+        """Begin to bring the rows of ids `[B, T]`, which follow `state` if one is given."""
+        return self.source.reader.read(self.source.table, token_ids, document_ids, padding_mask, state)
 
-    def init_state(self, batch_size: int) -> HashState:
-        """The state before the first token of `batch_size` sequences."""
-        return self.source.reader.init_state(batch_size)
+    def add_to(self, hidden: Tensor, reading: Reading, state: HashState | None = None) -> Added:
+        """`hidden` plus the update, for the tokens of a `look_up` that was given the same state."""
+        return Added(hidden + self._update(hidden, reading), None, reading.ids)
+
+    def init_state(self, batch_size: int, slack: int = 0) -> HashState:
+        """The state before the first token of `batch_size` sequences; `rollback` can take back `slack` tokens."""
+        return self.source.reader.init_state(batch_size, slack)
+
+    def rollback(self, state: HashState, n: Tensor) -> HashState:
+        """The state before the last `n` `[B]` tokens of each sequence, no more than the slack left."""
+        return self.source.reader.rollback(state, n)
 
     def step(
         self,
@@ -78,12 +87,16 @@ class UngatedMemory(nn.Module, ABC):
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, HashState]:
         """Update for T new tokens that follow `state`, and the state after them; the given state is left as it was."""
-        documents = documents_of(token_ids, document_ids, padding_mask)
-        rows_BTH, following = self.source.reader.step(token_ids, state, documents)
-        update = self.update(hidden, self.source.table.concatenated(rows_BTH, hidden.dtype))
-        if padding_mask is not None:
-            update = update * padding_mask.view(*padding_mask.shape, *[1] * (hidden.ndim - 2))
-        return update, following
+        reading = self.look_up(token_ids, document_ids, padding_mask, state)
+        assert reading.ids is not None
+        return self._update(hidden, reading), reading.ids
+
+    def _update(self, hidden: Tensor, reading: Reading) -> Tensor:
+        update = self.update(hidden, concatenated(reading.values(), hidden.dtype))
+        if reading.documents is None:
+            return update
+        real = reading.documents >= 0
+        return update * real.view(*real.shape, *[1] * (hidden.ndim - 2))
 
 
 class OverEncoding(UngatedMemory):
@@ -108,6 +121,24 @@ class OverEncoding(UngatedMemory):
         return (self.project(rows) - self.n_heads * hidden) / (self.n_heads + 1)
 
 
+class Scale(nn.Module):
+    """One learned factor; a module, so that hooks that bring a module's weights when it is called bring this one."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the factor."""
+        nn.init.constant_(self.weight, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` times the factor."""
+        return self.weight * x
+
+
 class AdditiveBigram(UngatedMemory):
     """Rows as wide as the model, zero at the start, added before every block with a learned scale for each block.
 
@@ -118,16 +149,11 @@ class AdditiveBigram(UngatedMemory):
 
     def __init__(self, config: MemoryConfig, owner: AdditiveBigram | None, lookup: Tensor | None = None) -> None:
         super().__init__(config)
-        self.scale = nn.Parameter(torch.empty(1))
+        self.scale = Scale(0.1)
         if owner is None:
             self.reader = RowReader(config, config.layers[0], lookup)
             self.table = MemoryTable(self.reader.n_rows, config.row_width, getattr(torch, config.table_dtype), std=0.0)
         self._owner = (self if owner is None else owner,)  # in a tuple, so that the owner is not a submodule here
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the scale."""
-        nn.init.constant_(self.scale, 0.1)
 
     @property
     def source(self) -> UngatedMemory:
@@ -136,5 +162,5 @@ class AdditiveBigram(UngatedMemory):
 
     def update(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """The rows times this block's scale; every branch gets the same."""
-        update = self.scale * rows
+        update = self.scale(rows)
         return update if hidden.ndim == 3 else update.unsqueeze(2).expand_as(hidden)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from engram.config import MemoryConfig
 from engram.kernels import Fused, fuse_memory, load_kernels
-from engram.memory.hashing import NO_DOCUMENT
+from engram.memory.hashing import NO_DOCUMENT, earlier
 
 
 class FusionState(NamedTuple):
-    """The last C positions that taps reach: values `[B, C, D]`, their scales `[B, C, M]` and document ids `[B, C]`.
+    """The last C positions that taps reach: values `[B, C, D]`, their scales `[B, C, M]` and document ids `[B, C]`; or
+    some more that can be taken back.
 
     Values times scales are the normed inputs of the convolution, but for the norm's weight.
     """
@@ -95,9 +96,12 @@ class Fusion(nn.Module):
             residual=residual,
         )
 
-    def init_state(self, batch_size: int, device: torch.device | None = None) -> FusionState:
-        """The state before the first token of `batch_size` sequences; on the weights' device if none is named."""
-        (M, D), shape = self.query_norm.shape, (batch_size, self.context)
+    def init_state(self, batch_size: int, device: torch.device | None = None, slack: int = 0) -> FusionState:
+        """The state before the first token of `batch_size` sequences; on the weights' device if none is named.
+
+        `slack`: how many tokens `rollback` can take back at most.
+        """
+        (M, D), shape = self.query_norm.shape, (batch_size, self.context + slack if self.context else 0)
         device = device or self.query_norm.device
         wide = torch.promote_types(self.query_norm.dtype, torch.float32)
         return FusionState(
@@ -106,17 +110,26 @@ class Fusion(nn.Module):
             torch.full(shape, NO_DOCUMENT, dtype=torch.int64, device=device),
         )
 
-    def step(self, hidden_BTMD: Tensor, kv: Tensor, documents: Tensor, state: FusionState) -> tuple[Fused, FusionState]:
+    def step(
+        self, hidden_BTMD: Tensor, kv: Tensor, documents: Tensor, state: FusionState, residual: bool = False
+    ) -> tuple[Fused, FusionState]:
         """As `forward` for T positions that follow `state`, and the state after them."""
-        fused = self(hidden_BTMD, kv, documents, state)
+        fused = self(hidden_BTMD, kv, documents, state, residual)
         if not self.context:
             return fused, state
         values = kv[..., -hidden_BTMD.shape[-1] :].detach()
         kept = (
-            _last(self.context, past, now.to(past.dtype))
+            _last(past.shape[1], past, now.to(past.dtype))
             for past, now in zip(state, (values, fused.scales, documents), strict=True)
         )
         return fused, FusionState(*kept)
+
+    def rollback(self, state: FusionState, n: Tensor) -> FusionState:
+        """The state before the last `n` `[B]` tokens of each sequence, no more than the slack left."""
+        if not self.context:
+            return state
+        values, scales, documents = state
+        return FusionState(earlier(values, n, 0), earlier(scales, n, 0), earlier(documents, n, NO_DOCUMENT))
 
 
 def _last(count: int, past: Tensor, now: Tensor) -> Tensor:

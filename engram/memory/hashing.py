@@ -70,10 +70,20 @@ def _splitmix64(value: int) -> int:
 
 
 class HashState(NamedTuple):
-    """What decoding keeps of the past: canonical ids and document ids of the last N-1 positions, `[B, N-1]` each."""
+    """What decoding keeps of the past: canonical ids and document ids of the last N-1 positions, `[B, N-1]` each, or of
+    some more that can be taken back."""
 
     ids: Tensor
     documents: Tensor
+
+
+def earlier(past: Tensor, n: Tensor, fill: int) -> Tensor:
+    """The last positions `[B, P, ...]` as they were `n` `[B]` positions ago; `fill` where nothing is kept of then."""
+    P = past.shape[1]
+    at = torch.arange(P, device=past.device) - n.unsqueeze(1)
+    index = at.clamp(min=0).view(*at.shape, *[1] * (past.ndim - 2)).expand(past.shape)
+    kept = (at >= 0).view(*at.shape, *[1] * (past.ndim - 2))
+    return torch.where(kept, past.gather(1, index), fill)
 
 
 class NgramHasher(nn.Module):
@@ -143,9 +153,10 @@ class NgramHasher(nn.Module):
         require_ids(ids_BT, self.n_canonical)
         return self._hash(ids_BT.long(), layer, document_ids_BT, 0)
 
-    def init_state(self, batch_size: int, device: torch.device | str | None = None) -> HashState:
-        """The state before the first token of `batch_size` sequences, on the buffers' device if none is named."""
-        shape, device = (batch_size, self.context), device or self.moduli.device
+    def init_state(self, batch_size: int, device: torch.device | str | None = None, slack: int = 0) -> HashState:
+        """The state before the first token of `batch_size` sequences, on the buffers' device if none is named, with
+        `slack` more positions than are needed, so that as many tokens can be taken back."""
+        shape, device = (batch_size, self.context + slack), device or self.moduli.device
         return HashState(
             torch.full(shape, self.pad_id, dtype=torch.int64, device=device),
             torch.full(shape, NO_DOCUMENT, dtype=torch.int64, device=device),
@@ -158,7 +169,7 @@ class NgramHasher(nn.Module):
 
         Without document ids the new tokens all belong to document 0.
         """
-        T, ids_BT = ids_BT.shape[1], ids_BT.long()
+        T, past, ids_BT = ids_BT.shape[1], state.ids.shape[1], ids_BT.long()
         require_ids(ids_BT, self.n_canonical)
         if document_ids_BT is None:
             document_ids_BT = torch.zeros_like(ids_BT)
@@ -166,7 +177,7 @@ class NgramHasher(nn.Module):
         documents = torch.cat([state.documents, document_ids_BT.long()], dim=1)
         # Copies: views would keep the ids of a whole prompt alive.
         following = HashState(ids[:, T:].clone(), documents[:, T:].clone())
-        return self._hash(ids, layer, documents, self.context), following
+        return self._hash(ids, layer, documents, past), following
 
     def _hash(self, ids: Tensor, layer: int, documents: Tensor | None, past: int) -> Tensor:
         require(layer in self.layers, "layer", layer, f"one of memory.layers {self.layers}")

@@ -8,17 +8,17 @@ alpha = gate(h, k);  u = alpha v;  Y = SiLU(Conv1D(RMSNorm(u))) + u
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engram.config import MemoryConfig, require
-from engram.kernels import Fused, linear
+from engram.kernels import linear
 from engram.memory.fusion import Fusion, FusionState
 from engram.memory.hashing import HashState
-from engram.memory.readers import READERS, documents_of
-from engram.memory.table import MemoryTable
+from engram.memory.readers import READERS, Reading
+from engram.memory.table import MemoryTable, concatenated
 
 
 class EngramState(NamedTuple):
@@ -26,6 +26,15 @@ class EngramState(NamedTuple):
 
     ids: HashState
     fusion: FusionState
+
+
+class Added(NamedTuple):
+    """A hidden state with a memory's update, the gates `[B, T, M]` of a memory that has any, and the state after these
+    tokens if one was given."""
+
+    hidden: Tensor
+    gates: Tensor | None
+    state: Any
 
 
 class Projection(nn.Linear):
@@ -92,35 +101,33 @@ class Engram(nn.Module):
                 None.
             padding_mask: `[B, T]`, True at real tokens; the others get no update and are read by none.
         """
-        return self._fuse(hidden, token_ids, document_ids, padding_mask).out.view(hidden.shape)
+        return self._fuse(hidden, self.look_up(token_ids, document_ids, padding_mask), None, False).hidden
 
-    def add_to(
+    def look_up(
         self,
-        hidden: Tensor,
         token_ids: Tensor,
         document_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`hidden` plus the update, in one pass, and the gates `[B, T, M]`; arguments as `forward`."""
-        fused = self._fuse(hidden, token_ids, document_ids, padding_mask, residual=True)
-        return fused.out.view(hidden.shape), fused.alpha
+        state: EngramState | None = None,
+    ) -> Reading:
+        """Begin to bring the rows of ids `[B, T]`, which follow `state` if one is given; the rest as `forward`.
 
-    def _fuse(
-        self,
-        hidden: Tensor,
-        token_ids: Tensor,
-        document_ids: Tensor | None,
-        padding_mask: Tensor | None,
-        residual: bool = False,
-    ) -> Fused:
-        documents = documents_of(token_ids, document_ids, padding_mask)
-        h, kv = self._branches(hidden, token_ids), self._keys_and_value(self.reader(token_ids, documents))
-        return self.fusion(h, kv, documents, residual=residual)
+        Called as soon as ids are known, it lets a table that is not on the device copy them while other layers compute.
+        """
+        ids = None if state is None else state.ids
+        return self.reader.read(self.table, token_ids, document_ids, padding_mask, ids)
 
-    def init_state(self, batch_size: int) -> EngramState:
-        """The state before the first token of `batch_size` sequences."""
-        ids = self.reader.init_state(batch_size)
-        return EngramState(ids, self.fusion.init_state(batch_size, ids.ids.device))
+    def add_to(self, hidden: Tensor, reading: Reading, state: EngramState | None = None) -> Added:
+        """`hidden` plus the update, in one pass, for the tokens of a `look_up` that was given the same state."""
+        return self._fuse(hidden, reading, state, True)
+
+    def init_state(self, batch_size: int, slack: int = 0) -> EngramState:
+        """The state before the first token of `batch_size` sequences.
+
+        `slack`: how many tokens `rollback` can take back at most.
+        """
+        ids = self.reader.init_state(batch_size, slack)
+        return EngramState(ids, self.fusion.init_state(batch_size, ids.ids.device, slack))
 
     def step(
         self,
@@ -135,21 +142,34 @@ class Engram(nn.Module):
         Token by token or in chunks, the updates equal those of `forward` on the whole sequence. The given state is
         left as it was, so that rejected tokens are undone by going back to it.
         """
-        documents = documents_of(token_ids, document_ids, padding_mask)
-        documents = torch.zeros_like(token_ids) if documents is None else documents
-        h = self._branches(hidden, token_ids)
-        rows, ids = self.reader.step(token_ids, state.ids, documents)
-        fused, following = self.fusion.step(h, self._keys_and_value(rows), documents, state.fusion)
-        return fused.out.view(hidden.shape), EngramState(ids, following)
+        reading = self.look_up(token_ids, document_ids, padding_mask, state)
+        update, _, following = self._fuse(hidden, reading, state, False)
+        return update, following
 
-    def _branches(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    def rollback(self, state: EngramState, n: Tensor) -> EngramState:
+        """The state before the last `n` `[B]` (int64) tokens of each sequence.
+
+        With what `slack` the state was made, and how many of it are used up, is for the caller to keep.
+        """
+        return EngramState(self.reader.rollback(state.ids, n), self.fusion.rollback(state.fusion, n))
+
+    def _fuse(self, hidden: Tensor, reading: Reading, state: EngramState | None, residual: bool) -> Added:
+        h, following = self._branches(hidden, reading.rows), None
+        values = concatenated(reading.values(), self.project.weight.dtype)
+        kv = self.project(values)  # M keys and the value of each token, [B, T, (M + 1) D]
+        if state is None:
+            fused = self.fusion(h, kv, reading.documents, residual=residual)
+        else:
+            assert reading.documents is not None
+            assert reading.ids is not None
+            fused, fusion = self.fusion.step(h, kv, reading.documents, state.fusion, residual)
+            following = EngramState(reading.ids, fusion)
+        return Added(fused.out.view(hidden.shape), fused.alpha, following)
+
+    def _branches(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Hidden states as `[B, T, M, D]`."""
         M, D = self.config.branches, self.config.d_model
         h = hidden.unsqueeze(2) if hidden.ndim == 3 else hidden
         allowed = f"a hidden state [B, T, {M}, {D}]" + (f" or [B, T, {D}]" if M == 1 else "") + " for ids [B, T]"
-        require(h.shape == (*token_ids.shape, M, D), "shape of hidden", tuple(hidden.shape), allowed)
+        require(h.shape == (*rows.shape[:2], M, D), "shape of hidden", tuple(hidden.shape), allowed)
         return h
-
-    def _keys_and_value(self, rows_BTH: Tensor) -> Tensor:
-        """M keys and the value of each token, `[B, T, (M + 1) D]`."""
-        return self.project(self.table.concatenated(rows_BTH, self.project.weight.dtype))

@@ -6,11 +6,15 @@ controls keep every parameter and FLOP and take the information away (deepseek-a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from engram.config import MemoryConfig, MemoryKind, require
-from engram.memory.hashing import NO_DOCUMENT, HashState, NgramHasher, deepseek_multipliers
+from engram.memory.hashing import NO_DOCUMENT, HashState, NgramHasher, deepseek_multipliers, earlier
+from engram.memory.table import MemoryTable
 from engram.tensors import require_ids
 
 
@@ -20,6 +24,19 @@ def documents_of(token_ids: Tensor, document_ids: Tensor | None, padding_mask: T
         return document_ids
     inside = torch.zeros_like(token_ids) if document_ids is None else document_ids
     return inside.masked_fill(~padding_mask, NO_DOCUMENT)
+
+
+class Reading(NamedTuple):
+    """The rows of a stretch of tokens on their way to a memory layer: all of its work that needs token ids alone.
+
+    rows: `[B, T, H]`. values: called once, gives them, `[B, T, H, W]`. documents: ids `[B, T]`, below 0 at padding, or
+    None where all are one. ids: the reader's state after these tokens, or None where none was given.
+    """
+
+    rows: Tensor
+    values: Callable[[], Tensor]
+    documents: Tensor | None
+    ids: HashState | None
 
 
 class RowReader(nn.Module):
@@ -62,9 +79,33 @@ class RowReader(nn.Module):
         """Rows `[B, T, H]` for raw ids `[B, T]`; a change of document id starts a new document."""
         return self.hasher(self._canonical(token_ids), self.layer, document_ids)
 
-    def init_state(self, batch_size: int) -> HashState:
-        """The state before the first token of `batch_size` sequences, on the device where ids are hashed."""
-        return self.hasher.init_state(batch_size)
+    def read(
+        self,
+        table: MemoryTable,
+        token_ids: Tensor,
+        document_ids: Tensor | None,
+        padding_mask: Tensor | None,
+        state: HashState | None,
+    ) -> Reading:
+        """Begin to bring a table's rows for raw ids `[B, T]`, which follow `state` if one is given."""
+        documents = documents_of(token_ids, document_ids, padding_mask)
+        if state is None:
+            rows = self(token_ids, documents)
+            return Reading(rows, table.start(rows), documents, None)
+        documents = torch.zeros_like(token_ids) if documents is None else documents
+        rows, following = self.step(token_ids, state, documents)
+        return Reading(rows, table.start(rows), documents, following)
+
+    def init_state(self, batch_size: int, slack: int = 0) -> HashState:
+        """The state before the first token of `batch_size` sequences, on the device where ids are hashed.
+
+        `slack`: how many tokens `rollback` can take back at most.
+        """
+        return self.hasher.init_state(batch_size, slack=slack)
+
+    def rollback(self, state: HashState, n: Tensor) -> HashState:
+        """The state before the last `n` `[B]` tokens of each sequence, no more than the slack left."""
+        return HashState(earlier(state.ids, n, self.hasher.pad_id), earlier(state.documents, n, NO_DOCUMENT))
 
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:
         """Rows `[B, T, H]` of T new tokens that follow `state`, and the state after them."""
@@ -94,27 +135,31 @@ class FirstRowReader(RowReader):
 class PositionReader(RowReader):
     """Rows drawn by a hash of position and document number, the same in every batch row, whatever the tokens are.
 
-    In its state the next position stands in the place of past ids.
+    Positions are counted from a row's first token that is no padding. In the state the next one stands in the place of
+    past ids.
     """
 
     def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         return self.step(token_ids, self.init_state(len(token_ids)), document_ids)[0]
 
-    def init_state(self, batch_size: int) -> HashState:
+    def init_state(self, batch_size: int, slack: int = 0) -> HashState:
         next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.hasher.moduli.device)
         return HashState(next_position, next_position)
 
+    def rollback(self, state: HashState, n: Tensor) -> HashState:
+        return HashState(state.ids - n.unsqueeze(1), state.documents)
+
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:
         require_ids(token_ids, self.vocab_size)
-        T = token_ids.shape[1]
-        position = state.ids + torch.arange(T, device=token_ids.device)
-        document = torch.zeros_like(position) if document_ids is None else document_ids
+        document = torch.zeros_like(token_ids) if document_ids is None else document_ids
+        count = (document >= 0).cumsum(1)
+        position = (state.ids + count - 1).clamp(min=0)
         a, b = deepseek_multipliers(self.layer, 2**31, 2, self.hasher.seed)
         at = self.hasher.layers.index(self.layer)
         # The two factors are below 2**32 and the numbers below 2**31, so that neither product overflows.
         mix = ((position * a) ^ (document * b)).unsqueeze(-1)
         rows = mix % self.hasher.moduli[at] + self.hasher.offsets[at]
-        return rows, HashState(state.ids + T, state.documents)
+        return rows, HashState(state.ids + count[:, -1:], state.documents)
 
 
 READERS: dict[MemoryKind, type[RowReader]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,16 +68,12 @@ class MemoryTable(nn.Module):
             return _read_rows(self.weight, rows, self._anchor, self._number)
         return _Read.apply(self.weight, rows) if learns else gather_rows(self.weight, rows)
 
-    def concatenated(self, rows_BTH: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of a token's heads side by side, `[B, T, H * width]`, for weights of type `dtype` to take.
+    def start(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Begin to bring rows `[..., H]` here; what is returned, called once, gives what `forward` would.
 
-        They come in that type, or under autocast as they are.
+        These rows lie here and are read when they are asked for; a table that lies elsewhere begins to copy them now.
         """
-        values = self(rows_BTH).flatten(-2)
-        device = values.device.type
-        # Autocast makes of all types the one it computes in; a wider one in between would be written for nothing.
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return values if autocast else values.to(dtype)
+        return partial(self, rows)
 
     def extra_repr(self) -> str:
         n_rows, width = self.weight.shape
@@ -97,6 +94,17 @@ class MemoryTable(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._enter()  # a copy is another table
+
+
+def concatenated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows of a token's heads side by side, `[B, T, H, width]` -> `[B, T, H * width]`, for weights of type `dtype`.
+
+    They come in that type, or under autocast as they are.
+    """
+    device = values.device.type
+    # Autocast makes of all types the one it computes in; a wider one in between would be written for nothing.
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return values.flatten(-2).to(values.dtype if autocast else dtype)
 
 
 class _Read(torch.autograd.Function):

@@ -77,7 +77,7 @@ def test_every_kind_has_the_one_interface(kind: MemoryKind, branches: int) -> No
     for module in modules_of(memory(kind, branches=branches)).values():
         hidden, ids = inputs(2, 7, module, branches)
         documents, mask = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool)
-        added, gates = module.add_to(hidden, ids, documents, mask)
+        added, gates, _ = module.add_to(hidden, module.look_up(ids, documents, mask))
         assert added.shape == hidden.shape
         torch.testing.assert_close(added, hidden + module(hidden, ids))
         if isinstance(module, (OverEncoding, AdditiveBigram)):
@@ -102,7 +102,7 @@ def test_bfloat16_rows_say_what_the_same_rows_say_in_float32(kind: MemoryKind, b
         grad, updates = torch.randn(hidden.shape), []
         for one in (module, exact[name]):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                updates.append(one.add_to(hidden.float(), ids)[0])
+                updates.append(one.add_to(hidden.float(), one.look_up(ids)).hidden)
             updates[-1].backward(grad)
         tolerance = {"rtol": 2**-7, "atol": 2**-7} if autocast else {"rtol": 0.0, "atol": 0.0}
         torch.testing.assert_close(*updates, **tolerance)
@@ -130,7 +130,7 @@ def test_every_kind_keeps_its_rows_in_the_type_of_the_config(kind: MemoryKind) -
         (dtype,) = {p.dtype for p in convert().parameters()}
         for module in modules:
             hidden, ids = inputs(2, 5, module)
-            assert module.add_to(hidden.to(dtype), ids)[0].dtype == dtype
+            assert module.add_to(hidden.to(dtype), module.look_up(ids)).hidden.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,6 +162,30 @@ def test_rejected_tokens_are_undone_by_keeping_the_old_state(kind: MemoryKind) -
         assert all(torch.equal(now, old) for now, old in zip(tensors_of(state), before, strict=True))
         update, _ = module.step(hidden[:, 5:], ids[:, 5:], state)
         torch.testing.assert_close(update, module(hidden, ids)[:, 5:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("taken_back", [[0, 0], [2, 2], [3, 0], [1, 4]], ids=str)
+def test_tokens_taken_back_by_each_sequence_leave_no_trace(kind: MemoryKind, taken_back: list[int]) -> None:
+    mask = torch.tensor([[0, 0, 0] + [1] * 9, [1] * 12], dtype=torch.bool)
+    for module in modules_of(memory(kind)).values():
+        hidden, ids = inputs(2, 12)
+        state = module.init_state(2, slack=4)
+        for now in (slice(0, 6), slice(6, 7), slice(7, 12)):
+            _, state = module.step(hidden[:, now], ids[:, now], state, None, mask[:, now])
+        state = module.rollback(state, torch.tensor(taken_back))
+        for row, n in enumerate(taken_back):
+            new_hidden, new_ids = inputs(1, 5)
+            update, _ = module.step(new_hidden, new_ids, _row(state, row))
+            kept = slice(3 if row == 0 else 0, 12 - n)
+            whole = torch.cat([hidden[row : row + 1, kept], new_hidden], 1)
+            whole_ids = torch.cat([ids[row : row + 1, kept], new_ids], 1)
+            torch.testing.assert_close(update, module(whole, whole_ids)[:, -5:])
+
+
+def _row(part: Any, row: int) -> Any:
+    """One sequence of a state, or of a part of one."""
+    return part[row : row + 1] if isinstance(part, Tensor) else type(part)(*(_row(x, row) for x in part))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -344,8 +368,8 @@ def test_additive_bigram_adds_scaled_rows_before_every_block(branches: int, layo
     torch.nn.init.normal_(owner.table.weight)
     rows = owner.table.weight[owner.reader(ids)].flatten(2)
     for layer, block in modules.items():
-        assert block.scale.item() == pytest.approx(0.1)
-        torch.nn.init.constant_(block.scale, 0.1 * (layer + 1))
+        assert block.scale.weight.item() == pytest.approx(0.1)
+        torch.nn.init.constant_(block.scale.weight, 0.1 * (layer + 1))
         update = block(hidden, ids)
         assert update.shape == hidden.shape
         expected = 0.1 * (layer + 1) * rows
@@ -359,7 +383,7 @@ def test_every_block_trains_the_bigrams_shared_rows() -> None:
     for module in modules.values():
         (gradient,) = torch.autograd.grad(module(hidden, ids).sum(), table)
         values = gradient.coalesce().values()
-        torch.testing.assert_close(values, (values / module.scale).round() * module.scale)
+        torch.testing.assert_close(values, (values / module.scale.weight).round() * module.scale.weight)
         assert (values != 0).all()
 
 

@@ -278,7 +278,7 @@ def test_the_state_does_not_grow_with_the_prompt() -> None:
 def test_adding_in_one_pass_is_adding_the_update(branches: int) -> None:
     layer = random_layer(memory(branches=branches))
     hidden, ids = inputs(2, 9, layer.config)
-    added, gates = layer.add_to(hidden, ids)
+    added, gates, _ = layer.add_to(hidden, layer.look_up(ids))
     torch.testing.assert_close(added, hidden + layer(hidden, ids))
     assert gates.shape == (2, 9, branches)
 

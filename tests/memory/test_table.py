@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engram.config import ConfigError, MemoryConfig
 from engram.memory import Engram, MemoryTable
+from engram.memory.table import concatenated
 from engram.training.optim.row_adam import coalesced
 
 
@@ -106,7 +107,7 @@ def test_heads_come_side_by_side_in_the_type_that_takes_them_but_under_autocast_
 ) -> None:
     table, rows = MemoryTable(10, 3, dtype), torch.randint(0, 10, (2, 5, 4))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        values = table.concatenated(rows, wanted)
+        values = concatenated(table(rows), wanted)
     assert values.dtype == (dtype if autocast else wanted)
     assert torch.equal(values, table.weight[rows].reshape(2, 5, 12).to(values.dtype))
     values.sum().backward()
@@ -117,7 +118,7 @@ def test_heads_come_side_by_side_in_the_type_that_takes_them_but_under_autocast_
 def test_heads_are_put_side_by_side_on_the_meta_device() -> None:
     table = MemoryTable(10, 3, torch.bfloat16).to("meta")
     rows = torch.zeros(2, 5, 4, dtype=torch.int64, device="meta")
-    assert table.concatenated(rows, torch.float32).shape == (2, 5, 12)
+    assert concatenated(table(rows), torch.float32).shape == (2, 5, 12)
 
 
 def test_a_table_has_the_type_it_is_made_with_until_it_is_given_another() -> None:
