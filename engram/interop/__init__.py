@@ -1,0 +1,1 @@
+"""What others made and use: weights of released models, and their libraries."""
