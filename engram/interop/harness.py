@@ -238,14 +238,3 @@ class EngramHarness(TemplateLM):
 
 def _tokens(prompt: tuple[int, list[int]]) -> int:
     return len(prompt[1])
-
-
-def main() -> None:
-    """The harness's own command line, which knows `--model engram` by the import of this file."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    main()

@@ -31,6 +31,9 @@ QUESTIONS = [
 PROMPTS = [{"prompt": "The capital of"}, {"prompt": "Oslo"}, {"prompt": "Norway, that is where the sea is and"}]
 TEXTS = [{"text": TEXT * 2}, {"text": "Paris"}]
 LENGTH = 24
+ROOT = Path(engram.__file__).parents[1]
+# What `lm_eval` runs; the import before it is that of `engram_lm_eval.pth`.
+LM_EVAL = "import _engram_lm_eval; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +137,16 @@ def test_the_command_gives_the_numbers_of_the_models_own_logits(
         data.write_text("\n".join(map(json.dumps, rows)))
         dataset = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: '{data}'}}}}\ntest_split: test"
         (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{dataset}\n{settings}\n")
-    command = [sys.executable, "-m", "engram.interop.harness", "--model", "engram", "--model_args", f"path={folder}"]
+    command = [sys.executable, "-c", LM_EVAL, "--model", "engram", "--model_args", f"path={folder}"]
     command += ["--tasks", ",".join(TASKS), "--include_path", str(tmp_path), "--batch_size", "2"]
     command += ["--log_samples", "--output_path", str(tmp_path / "out")]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "packaging"))),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     samples = {}
@@ -240,7 +249,7 @@ def test_the_entry_point_by_which_the_harness_finds_plugins_leads_to_the_model()
     """`lm_eval.models`, of which versions after 0.4.13 know."""
     import tomllib
 
-    declared = Path(engram.__file__).parents[1] / "pyproject.toml"
-    (name, value), *others = tomllib.loads(declared.read_text())["project"]["entry-points"]["lm_eval.models"].items()
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (name, value), *others = declared["project"]["entry-points"]["lm_eval.models"].items()
     assert (name, others) == ("engram", [])
     assert EntryPoint(name, value, "lm_eval.models").load() is EngramHarness
