@@ -1,5 +1,5 @@
 """The `engram` command: `engram sweep plan|run|status|report PLAN.yaml`, `engram consolidate CHECKPOINT FOLDER`,
-`engram generate MODEL PROMPT`."""
+`engram verify FOLDER`, `engram generate MODEL PROMPT`."""
 
 from __future__ import annotations
 
@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as RUN/checkpoints/step-00001000")
     action.add_argument("folder", type=Path, help="where to write the model")
     action.set_defaults(run=_consolidate)
+    action = commands.add_parser("verify", help="compare all weights of a model's folder with their checksums")
+    action.add_argument("folder", type=Path, help="of a trained model, such as RUN/model")
+    action.set_defaults(run=_verify)
     _add_generate(commands.add_parser("generate", help="continue a text with a trained model"))
     return parser
 
@@ -118,6 +121,20 @@ def _consolidate(args: argparse.Namespace) -> int:
     require(args.checkpoint.is_dir(), "checkpoint", str(args.checkpoint), "the folder of a checkpoint")
     print(save_checkpoints_model(args.checkpoint, args.folder))
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from engram.training.weights import verify_model
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True) as progress:
+        n_bytes = sum(path.stat().st_size for path in args.folder.glob("*.safetensors"))
+        task = progress.add_task("verifying", total=n_bytes)
+        damaged = verify_model(args.folder, lambda n: progress.advance(task, n))
+    print("\n".join(damaged) or f"undamaged: {args.folder}")
+    return 1 if damaged else 0
 
 
 def _generate(args: argparse.Namespace) -> int:
