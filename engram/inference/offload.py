@@ -18,10 +18,10 @@ from engram.config import ConfigError, require
 from engram.memory import DiskTable, MemoryTable, OffloadedTable, ReadOnlyTable, RowReader
 from engram.memory.reading import ReadStats
 from engram.memory.row_formats import RowKind
+from engram.parallel.consolidate import INDEX, WEIGHTS
 
 Place = Literal["host", "disk"]
 Table = TypeVar("Table", bound=MemoryTable)
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def offload(
@@ -63,13 +63,13 @@ def offload_from(model: nn.Module, folder: str | Path, *, cache_rows: int = 0) -
     """
     folder = Path(folder)
     try:
-        there = json.loads((folder / _INDEX).read_text())["weight_map"] if (folder / _INDEX).exists() else {}
+        there = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).exists() else {}
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{str(folder / _INDEX)!r} cannot be read: {error}") from error
+        raise ConfigError(f"{str(folder / INDEX)!r} cannot be read: {error}") from error
 
     def serve(name: str, table: MemoryTable) -> DiskTable:
         name = f"{name}.weight"
-        served = DiskTable(folder / there.get(name, _WEIGHTS), cache_rows, name)
+        served = DiskTable(folder / there.get(name, WEIGHTS), cache_rows, name)
         ours, theirs = _size(table), _size(served)
         require(theirs == ours, f"{name} in {str(folder)!r}", theirs, f"{ours}, as in the model")
         return served.requires_grad_(table.learns if isinstance(table, ReadOnlyTable) else table.weight.requires_grad)

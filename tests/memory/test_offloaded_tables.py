@@ -227,10 +227,15 @@ def read_and_report(
     table = DiskTable(path)
     with torch.no_grad():
         assert torch.equal(table(torch.arange(len(expected))), expected)
-    smaps = Path("/proc/self/smaps").read_bytes().split(b"\n")
-    at = next(i for i, line in enumerate(smaps) if str(path).encode() in line and b"Size" not in line)
-    fields = {line.split(b":")[0]: int(line.split()[1]) for line in smaps[at + 1 : at + 20] if line.endswith(b"kB")}
-    results.put((fields[b"Rss"], fields[b"Shared_Clean"] + fields[b"Shared_Dirty"], fields[b"Private_Dirty"]))
+    sums = dict.fromkeys(("Rss", "Shared_Clean", "Shared_Dirty", "Private_Clean", "Private_Dirty"), 0)
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if "-" in name.split()[0]:  # the next mapping
+            inside = str(path) in line
+        elif inside and name in sums:
+            sums[name] += int(value.split()[0])
+    results.put((sums["Rss"], sums["Shared_Clean"] + sums["Shared_Dirty"], sums["Private_Dirty"]))
     stay.wait(60)  # type: ignore[attr-defined]
 
 
