@@ -24,7 +24,7 @@ from engram.config import ConfigError, ModelConfig
 from engram.memory import MemoryTable
 from engram.memory.readers import RowReader
 from engram.parallel.checkpoint import read_run
-from engram.parallel.consolidate import INDEX, WEIGHTS, consolidate
+from engram.parallel.consolidate import INDEX, PARTS, WEIGHTS, consolidate
 from engram.parallel.tensor_files import Header, map_tensors, read_header
 from engram.training.atomic import atomic_folder
 from engram.training.cache import disk_errors_name
@@ -91,7 +91,8 @@ def _write_folder(
     lookup: Tensor | None,
     tokenizer: str | None,
 ) -> Path:
-    with atomic_folder(folder, owned=(WEIGHTS, INDEX, CHECKSUMS, _CONFIG, _TOKENIZER)) as draft:
+    old = [path.name for path in folder.glob(PARTS)]
+    with atomic_folder(folder, owned=(WEIGHTS, INDEX, CHECKSUMS, _CONFIG, _TOKENIZER, *old)) as draft:
         with disk_errors_name(folder / WEIGHTS):
             files = write_weights(draft, {_ORIGIN: origin_of(config, lookup, tokenizer)})
         with disk_errors_name(folder / CHECKSUMS):
