@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ _SLURM_OPTIONS: dict[str, tuple[Any, str]] = {
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. A bad setting ends in one line on stderr and code 2."""
     parsed = _parser().parse_args(args)
+    # What torch says of a checkpoint that one process reads.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
         return int(parsed.run(parsed))
     except ConfigError as error:

@@ -106,8 +106,8 @@ class DecodingState:
     def select(self, rows: Tensor) -> None:
         """Keep the sequences `rows` `[B']` in this order, some of them several times, as beam search does."""
         for block in self.blocks:
-            block.tensors = tuple(x[rows] for x in block.tensors)
-        self.memory = pytree.tree_map(lambda x: x[rows], self.memory)
+            block.tensors = tuple(x[rows.to(x.device)] for x in block.tensors)
+        self.memory = pytree.tree_map(lambda x: x[rows.to(x.device)], self.memory)
         self.real, self.next_position = self.real[rows], self.next_position[rows]
 
     def grow(self, capacity: int) -> None:

@@ -1,1 +1,1 @@
-"""What others made and use: weights of released models, and their libraries."""
+"""Engram among others' models, weights and tools: each module is imported by its name, and asks for what it needs."""
