@@ -13,7 +13,7 @@ from engram.parallel.checkpoint import fill, named_errors, open_checkpoint
 from engram.parallel.state import Piece, pieces_of
 from engram.parallel.tensor_files import Shapes, create, size_of
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, PARTS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
 _FILE_BYTES = 2**35
 
 
