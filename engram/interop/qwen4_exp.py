@@ -53,7 +53,7 @@ def memory_config(folder: str | Path) -> MemoryConfig:
 
     Raises `ConfigError` naming the file for a model of another kind or without such a memory.
     """
-    return _Checkpoint(folder).config
+    return Checkpoint(folder).config
 
 
 def read_memory(folder: str | Path, layers: Collection[int] | None = None) -> dict[int, Engram]:
@@ -67,7 +67,7 @@ def read_memory(folder: str | Path, layers: Collection[int] | None = None) -> di
             this kind, a tensor that is missing or of another shape than the config says, or hash multipliers and sizes
             other than those that the config gives.
     """
-    source = _Checkpoint(folder)
+    source = Checkpoint(folder)
     return {layer: source.read(layer) for layer in chosen(layers, source.config)}
 
 
@@ -79,7 +79,7 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
 
     Raises `ConfigError` naming the setting for a memory that is not of the config that `source` has.
     """
-    checkpoint = _Checkpoint(source)
+    checkpoint = Checkpoint(source)
     for layer, memory in memories.items():
         require_fits(memory, layer, checkpoint.config)
     with copied(Path(source), Path(folder)) as draft:
@@ -88,7 +88,7 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
     return Path(folder)
 
 
-class _Checkpoint:
+class Checkpoint:
     """A folder's config and tensors, and how a layer's tensors lie in ours."""
 
     def __init__(self, folder: str | Path) -> None:

@@ -154,7 +154,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _header(path: Path) -> dict[str, Stored]:
     try:
-        with safe_open(path, framework="pt"):  # checks that header and file fit each other
+        with safe_open(path, framework="np"):  # checks that header and file fit each other, and maps no more
             pass
         with path.open("rb") as file:
             begin, described = _parse(file)

@@ -154,7 +154,7 @@ def test_config_describes_the_released_model(tmp_path: Path) -> None:
     assert hasher.multipliers[1] == (23703573157769, 20109073645365, 8052911324071)
     assert (config.row_width, config.table_dtype, config.branches, config.norm_eps) == (160, "bfloat16", 4, 1e-6)
     with pytest.raises(ConfigError, match=r"shard_0.weight: shape is \[1\]: allowed is \[625003, 160\]"):
-        qwen4_exp._Checkpoint(tmp_path).parts(1, hasher.n_rows[1])
+        qwen4_exp.Checkpoint(tmp_path).parts(1, hasher.n_rows[1])
 
 
 def test_defaults_are_those_of_transformers() -> None:
