@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from engram.config import ConfigError, MemoryConfig, require
+from engram.interop.block_scaled_table import BlockScaledTable
 from engram.interop.block_scales import BLOCK, decode, encode
 from engram.interop.layers import CONFIG, chosen, copied, empty_layer, read_config, require_fits, text_settings
 from engram.interop.tensor_files import TensorFiles, write_rows
@@ -78,13 +79,16 @@ def read_memory(
     layers: Collection[int] | None = None,
     lookup: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    packed: bool = False,
 ) -> dict[int, Engram]:
     """The memories of a checkpoint by the block (0-based) they stand before, of all blocks or of those in `layers`.
 
     Tables and projections become `dtype`, bfloat16 or float32, which hold what is stored exactly; norms keep their
-    type. A table is decoded piece by piece into the memory that holds it.
+    type. A table is read piece by piece into the memory that holds it.
 
     Args:
+        packed: keep tables in the 8 bits and the scales that are stored, about half of bfloat16's memory; they can't be
+            trained then.
         folder: with `config.json`, safetensors and, unless `lookup` is given, `tokenizer.json`.
         lookup: raw id -> canonical id, int64 `[V]`; `token_lookup(folder)` if None.
 
@@ -99,7 +103,7 @@ def read_memory(
         lookup = token_lookup(folder)
     n_canonical, wanted = int(lookup.max()) + 1, _settings(folder)["engram_compressed_vocab_size"]
     require(n_canonical == wanted, "canonical ids of lookup", n_canonical, f"{wanted}, from {CONFIG}")
-    return {layer: _read(files, config, layer, lookup, dtype) for layer in chosen(layers, config)}
+    return {layer: _read(files, config, layer, lookup, dtype, packed) for layer in chosen(layers, config)}
 
 
 def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str | Path) -> Path:
@@ -116,7 +120,10 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
     with copied(Path(source), Path(folder)) as draft:
         for layer, memory in memories.items():
             prefix = f"layers.{layer}.engram."
-            _write_matrix(files, draft, prefix + "embed", memory.table.weight, 1)
+            if isinstance(memory.table, BlockScaledTable):
+                _write_records(files, draft, prefix + "embed", memory.table.records.cpu(), config.row_width)
+            else:
+                _write_matrix(files, draft, prefix + "embed", memory.table.weight, 1)
             _write_matrix(files, draft, prefix + "wkv", memory.project.weight, BLOCK)
             for name, norm in _norms(memory, prefix).items():
                 stored = files.stored(name)
@@ -130,9 +137,11 @@ def _settings(folder: str | Path) -> dict[str, Any]:
 
 def _config(folder: str | Path, table_dtype: torch.dtype) -> MemoryConfig:
     s, where = _settings(folder), repr(str(Path(folder) / CONFIG))
-    require(bool(s["engram_layer_ids"]), f"{where}: engram_layer_ids", s["engram_layer_ids"], "one block or more")
+    blocks = s["engram_layer_ids"]
+    numbers = isinstance(blocks, list) and blocks and all(isinstance(block, int) for block in blocks)
+    require(bool(numbers), f"{where}: engram_layer_ids", blocks, "the numbers of one block or more")
     return MemoryConfig(
-        layers=tuple(s["engram_layer_ids"]),
+        layers=tuple(blocks),
         orders=tuple(range(2, s["engram_max_ngram_size"] + 1)),
         n_heads=s["engram_n_heads"],
         row_width=s["engram_head_dim"],
@@ -149,10 +158,15 @@ def _config(folder: str | Path, table_dtype: torch.dtype) -> MemoryConfig:
     )
 
 
-def _read(files: TensorFiles, config: MemoryConfig, layer: int, lookup: Tensor, dtype: torch.dtype) -> Engram:
+def _read(
+    files: TensorFiles, config: MemoryConfig, layer: int, lookup: Tensor, dtype: torch.dtype, packed: bool
+) -> Engram:
     memory, prefix = empty_layer(config, layer, lookup), f"layers.{layer}.engram."
     _require_rows(files, layer, memory.reader.n_rows)
-    _read_matrix(files, prefix + "embed", memory.table.weight, 1)
+    if packed:
+        memory.table = BlockScaledTable(_records(files, prefix + "embed", memory.table.weight.shape), dtype)
+    else:
+        _read_matrix(files, prefix + "embed", memory.table.weight, 1)
     memory.project.weight = nn.Parameter(memory.project.weight.to(dtype))
     _read_matrix(files, prefix + "wkv", memory.project.weight, BLOCK)
     for name, norm in _norms(memory, prefix).items():
@@ -186,6 +200,16 @@ def _scaled_chunks(
         yield first, values, scale
 
 
+def _records(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:
+    """Values and scales of each row side by side, `[R, C + C / 32]`, uint8."""
+    R, C = shape
+    require(C % BLOCK == 0, "engram_head_dim", C, f"a multiple of {BLOCK} for packed rows")
+    records = torch.empty(R, C + C // BLOCK, dtype=torch.uint8)
+    for first, values, scales in _scaled_chunks(files, name, shape, 1):
+        torch.cat([values.view(torch.uint8), scales.view(torch.uint8)], 1, out=records[first : first + len(values)])
+    return records
+
+
 def _is_scaled(files: TensorFiles, name: str) -> bool:
     return files.stored(name + ".weight").dtype == torch.float8_e4m3fn
 
@@ -198,6 +222,16 @@ def _read_matrix(files: TensorFiles, name: str, out: nn.Parameter, block_rows: i
     files.expect(name + ".weight", tuple(out.shape), *_FLOATS)
     for first, values in files.chunks(name + ".weight"):
         out.data[first : first + len(values)] = values
+
+
+def _write_records(files: TensorFiles, folder: Path, name: str, records: Tensor, width: int) -> None:
+    values = files.stored(name + ".weight")
+    require(_is_scaled(files, name), f"{str(values.path)!r}: type of {name}", values.dtype, "8 bits for packed rows")
+    scales = files.stored(name + ".scale")
+    for first in range(0, len(records), _CHUNK):
+        piece = records[first : first + _CHUNK]
+        write_rows(folder, values, piece[:, :width].contiguous().view(torch.float8_e4m3fn), first)
+        write_rows(folder, scales, piece[:, width:].contiguous().view(torch.float8_e8m0fnu), first)
 
 
 def _write_matrix(files: TensorFiles, folder: Path, name: str, new: Tensor, block_rows: int) -> None:

@@ -96,7 +96,10 @@ class Checkpoint:
         self.files = TensorFiles(folder)
         self.where = repr(str(Path(folder) / CONFIG))
         blocks = self.settings["ple_layer_ids"] or []
-        require(bool(blocks), f"{self.where}: ple_layer_ids", blocks, "the 1-based numbers of one block or more")
+        numbers = isinstance(blocks, list) and blocks and all(isinstance(block, int) and block > 0 for block in blocks)
+        require(bool(numbers), f"{self.where}: ple_layer_ids", blocks, "the 1-based numbers of one block or more")
+        for name in ("make_ngram_vocab_size_divisible_by", "split_ngram_parts"):
+            require(self.settings[name] >= 1, f"{self.where}: {name}", self.settings[name], "1 or more")
         self.config = self._config(sorted(set(blocks)))
 
     def _config(self, blocks: list[int]) -> MemoryConfig:

@@ -148,6 +148,30 @@ def test_what_is_read_is_written_back_bit_for_bit(tmp_path: Path, scaled: bool, 
     assert same_files(source, tmp_path / "ours")
 
 
+def test_packed_tables_say_the_same_in_264_bytes_for_256_values(folder: Path, tmp_path: Path) -> None:
+    whole, packed = (deepseek_v41.read_memory(folder, packed=packed) for packed in (False, True))
+    table = packed[2].table
+    assert table.records.shape == (len(whole[2].table.weight), 64 * 264 // 256)
+    assert torch.equal(table(torch.arange(len(table.records))), whole[2].table.weight)
+    hidden, ids = torch.randn(2, 8, M, D), torch.randint(0, 57, (2, 8))
+    assert torch.equal(packed[2](hidden, ids), whole[2](hidden, ids))
+    packed[2](hidden, ids).sum().backward()  # what is no row learns
+    assert packed[2].project.weight.grad is not None
+    assert [name for name, _ in table.named_parameters()] == []
+    deepseek_v41.write_memory(packed, folder, tmp_path / "ours")
+    assert same_files(folder, tmp_path / "ours")
+    with pytest.raises(ConfigError, match=r"embed\.weight: type is torch\.bfloat16: allowed is torch\.float8_e4m3fn"):
+        deepseek_v41.read_memory(save_v41(tmp_path / "plain", v41_tensors(scaled=False)), packed=True)
+
+
+def test_packed_rows_of_another_checkpoint_are_written_as_they_are(folder: Path, tmp_path: Path) -> None:
+    packed = deepseek_v41.read_memory(folder, packed=True)
+    packed[0].table.records[:] = torch.randint(0, 120, packed[0].table.records.shape, dtype=torch.uint8)
+    deepseek_v41.write_memory({0: packed[0]}, folder, tmp_path / "ours")
+    again = deepseek_v41.read_memory(tmp_path / "ours", [0], packed=True)
+    assert torch.equal(again[0].table.records, packed[0].table.records)
+
+
 def test_bfloat16_holds_what_is_stored_exactly(folder: Path) -> None:
     exact, half = (deepseek_v41.read_memory(folder, dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16))
     assert torch.equal(exact.table.weight, half.table.weight.float())

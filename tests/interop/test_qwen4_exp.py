@@ -254,6 +254,9 @@ def reconfigure(folder: Path, **changes: Any) -> None:
     [
         ({"model_type": "llama"}, "model_type is 'llama': allowed is qwen4_exp"),
         ({"ple_layer_ids": []}, "ple_layer_ids is "),
+        ({"ple_layer_ids": "2"}, "ple_layer_ids is '2': allowed is the 1-based numbers"),
+        ({"split_ngram_parts": 0}, "split_ngram_parts is 0: allowed is 1 or more"),
+        ({"eos_token_id": None}, "eos_token_id is None: allowed is an id"),
         ({"ple_layer_ids": [2, 4]}, r"lacks the tensor layers\.3\.ple\.key_proj\.weight"),
         ({"ngram_vocab_size_base": 60}, "ngram_heads_vocab_sizes is "),
         ({"seed": 7}, "layer_multipliers is "),
