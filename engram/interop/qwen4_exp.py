@@ -6,6 +6,7 @@ filled up to a multiple of 128 rows that nothing reads, and cut into `split_ngra
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "ngram_vocab_size_base": 20_000_000,
     "make_ngram_vocab_size_divisible_by": 128,
     "seed": 1234,
-    "split_ngram_parts": 512,
+    "split_ngram_parts": 0,  # as many as there are: trainers disagree on what is meant without it
 }
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -98,8 +99,8 @@ class Checkpoint:
         blocks = self.settings["ple_layer_ids"] or []
         numbers = isinstance(blocks, list) and blocks and all(isinstance(block, int) and block > 0 for block in blocks)
         require(bool(numbers), f"{self.where}: ple_layer_ids", blocks, "the 1-based numbers of one block or more")
-        for name in ("make_ngram_vocab_size_divisible_by", "split_ngram_parts"):
-            require(self.settings[name] >= 1, f"{self.where}: {name}", self.settings[name], "1 or more")
+        for name, least in (("make_ngram_vocab_size_divisible_by", 1), ("split_ngram_parts", 0)):
+            require(self.settings[name] >= least, f"{self.where}: {name}", self.settings[name], f"{least} or more")
         self.config = self._config(sorted(set(blocks)))
 
     def _config(self, blocks: list[int]) -> MemoryConfig:
@@ -148,9 +149,11 @@ class Checkpoint:
 
     def parts(self, layer: int, n_rows: int) -> list[Part]:
         """The parts of a table of `n_rows` rows, filled up, checked for being there and of the right size."""
-        multiple, n_parts = self.settings["make_ngram_vocab_size_divisible_by"], self.settings["split_ngram_parts"]
+        multiple = self.settings["make_ngram_vocab_size_divisible_by"]
         padded = -(-n_rows // multiple) * multiple
         embedding = self._prefix(layer) + "ple_embedding.ngram_embedding."
+        numbers = [int(n[1]) for name in self.files if (n := re.fullmatch(embedding + r"shard_(\d+)\.weight", name))]
+        n_parts = self.settings["split_ngram_parts"] or max(numbers, default=0) + 1
         if embedding + "weight" in self.files:
             parts = [Part(embedding + "weight", 0, padded)]
         else:

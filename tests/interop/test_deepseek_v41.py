@@ -190,8 +190,8 @@ def test_changed_rows_are_rounded_to_eight_bits_and_others_keep_theirs(folder: P
     assert torch.equal(after[others], before[others])
     blocks = table[3:5].detach().float().view(-1, 32)
     error = (after[3:5].detach().float().view(-1, 32) - blocks).abs()
-    # Half of the last of three bits of mantissa; below 2**-6 of the scale half of a fixed step.
-    assert (error <= blocks.abs() / 16 + blocks.abs().amax(-1, keepdim=True) * 2.0**-15).all()
+    # Half of the last of three bits of mantissa; below 2**-6 half of a fixed step, with a largest value above 224.
+    assert (error <= (blocks.abs() / 16).maximum(blocks.abs().amax(-1, keepdim=True) * 2.0**-10 / 224)).all()
     assert error.max() > 0
 
 

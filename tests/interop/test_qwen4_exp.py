@@ -143,7 +143,7 @@ def test_gradients_of_the_whole_model_equal_transformers(model: Any, single: Pat
 
 def test_config_describes_the_released_model(tmp_path: Path) -> None:
     """The figures of Qwen3.8-Flash-Next: one table of 320,001,446 rows that are read, filled up to 320,001,536."""
-    text = {"ple_layer_ids": [2], "eos_token_id": 7, "ple_embed_dim": 2560}
+    text = {"ple_layer_ids": [2], "eos_token_id": 7, "ple_embed_dim": 2560, "split_ngram_parts": 512}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen4_exp", "text_config": text}))
     prefix, some = "model.language_model.layers.1.ple.", torch.zeros(1, dtype=torch.bfloat16)
     names = ("key_proj.weight", "ple_embedding.ngram_embedding.shard_0.weight")
@@ -162,7 +162,7 @@ def test_defaults_are_those_of_transformers() -> None:
 
     own = Qwen4ExpTextConfig()
     for name, value in qwen4_exp.DEFAULTS.items():
-        if name not in ("ple_layer_ids", "ple_embed_dim"):  # which follow from others
+        if name not in ("ple_layer_ids", "ple_embed_dim", "split_ngram_parts"):  # which follow from others
             assert getattr(own, name) == value, name
 
 
@@ -210,6 +210,15 @@ def test_a_table_in_one_tensor_is_read_and_written_too(single: Path, copy: Path,
     assert same_files(copy, out)
 
 
+def test_parts_are_counted_where_the_config_does_not_say_how_many(single: Path, copy: Path) -> None:
+    reconfigure(copy, split_ngram_parts=None)
+    for ours, theirs in zip(qwen4_exp.read_memory(copy).values(), qwen4_exp.read_memory(single).values(), strict=True):
+        assert torch.equal(ours.table.weight, theirs.table.weight)
+    spoil(copy, lambda tensors: tensors.pop(TABLE + "shard_3.weight"))
+    with pytest.raises(ConfigError, match=r"model\.safetensors' lacks the tensor .*shard_3\.weight"):
+        qwen4_exp.read_memory(copy)
+
+
 def spoil(folder: Path, change: Any) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -255,7 +264,7 @@ def reconfigure(folder: Path, **changes: Any) -> None:
         ({"model_type": "llama"}, "model_type is 'llama': allowed is qwen4_exp"),
         ({"ple_layer_ids": []}, "ple_layer_ids is "),
         ({"ple_layer_ids": "2"}, "ple_layer_ids is '2': allowed is the 1-based numbers"),
-        ({"split_ngram_parts": 0}, "split_ngram_parts is 0: allowed is 1 or more"),
+        ({"split_ngram_parts": -1}, "split_ngram_parts is -1: allowed is 0 or more"),
         ({"eos_token_id": None}, "eos_token_id is None: allowed is an id"),
         ({"ple_layer_ids": [2, 4]}, r"lacks the tensor layers\.3\.ple\.key_proj\.weight"),
         ({"ngram_vocab_size_base": 60}, "ngram_heads_vocab_sizes is "),
