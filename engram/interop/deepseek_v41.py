@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from engram.config import ConfigError, MemoryConfig, require
 from engram.interop.block_scaled_table import BlockScaledTable
 from engram.interop.block_scales import BLOCK, decode, encode
+from engram.interop.checkpoint_files import TensorFiles, write_rows
 from engram.interop.layers import CONFIG, chosen, copied, empty_layer, read_config, require_fits, text_settings
-from engram.interop.tensor_files import TensorFiles, write_rows
 from engram.memory import Engram, TokenCompressor
 
 KIND = "deepseek_v41"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ import torch
 from engram.budget import Cost, ParameterBudget
 from engram.config import ConfigError, ModelConfig, require
 from engram.interop import deepseek_v41, qwen4_exp
+from engram.interop.checkpoint_files import TensorFiles
 from engram.interop.layers import CONFIG, read_config, text_settings
-from engram.interop.tensor_files import TensorFiles
 from engram.memory import table_sizes
 from engram.parallel.checkpoint import named_errors, open_checkpoint, read_run
 from engram.parallel.consolidate import model_shapes
@@ -106,6 +106,8 @@ def inspect(path: str | Path) -> Report:
     if kind in _RELEASED:
         return _released(folder, config, _RELEASED[kind])
     require("d_model" in config, f"{str(folder / CONFIG)!r}: model_type", kind or None, _KINDS)
+    if kind == "engram":  # saved through transformers, which adds settings of its own
+        config = {field.name: config[field.name] for field in fields(ModelConfig) if field.name in config}
     return _model(folder, ModelConfig.from_dict(config))
 
 
@@ -300,9 +302,9 @@ def _released(folder: Path, config: Mapping[str, Any], kind: _Kind) -> Report:
 def _parameters(files: TensorFiles, name: str) -> int:
     """How many parameters a tensor holds: none in scales, two in a byte of 4-bit weights."""
     stored = files.stored(name)
-    if stored.type_name == "F8_E8M0":
+    if stored.dtype == torch.float8_e8m0fnu:
         return 0
-    packed = stored.type_name in ("I8", "U8") and name.removesuffix("weight") + "scale" in files
+    packed = stored.dtype in (torch.int8, torch.uint8) and name.removesuffix("weight") + "scale" in files
     return math.prod(stored.shape) * (2 if packed else 1)
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import ConfigError, MemoryConfig, require
+from engram.interop.checkpoint_files import TensorFiles, write_rows
 from engram.interop.layers import CONFIG, chosen, copied, empty_layer, read_config, require_fits, text_settings
-from engram.interop.tensor_files import TensorFiles, write_rows
 from engram.memory import Engram
 
 KIND = "qwen4_exp"

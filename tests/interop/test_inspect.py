@@ -54,6 +54,15 @@ def test_our_models_and_checkpoints_are_told_as_the_budget_counts_them(tmp_path:
     assert [report.kind for report in reports] == ["engram model", "engram checkpoint"]
 
 
+def test_a_model_that_transformers_saved_is_told_as_ours(tmp_path: Path) -> None:
+    from engram.interop.causal_lm import EngramConfig, EngramForCausalLM
+
+    config = built().config
+    EngramForCausalLM(EngramConfig.of(config)).save_pretrained(tmp_path / "theirs")
+    theirs, ours = inspect(tmp_path / "theirs"), inspect(save_model(EngramLM(config), tmp_path / "ours"))
+    assert (theirs.tables, theirs.parts, theirs.rho) == (ours.tables, ours.parts, ours.rho)
+
+
 @pytest.mark.parametrize(
     ("kind", "layers"), [("over_encoding", [None]), ("additive_bigram", [0]), ("capacity_one", [0, 2])]
 )

@@ -1,7 +1,6 @@
 """The tensors of a checkpoint folder: one safetensors file, or many with an index, of which headers alone are read.
 
-Tensors are read when they are asked for, straight into the memory that is to hold them. Nothing is unpickled. The
-format: https://github.com/huggingface/safetensors.
+Tensors are read when they are asked for, straight into the memory that is to hold them. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -9,46 +8,38 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engram.config import ConfigError, require
 from engram.parallel.consolidate import INDEX, WEIGHTS
+from engram.parallel.tensor_files import Entry, read_header
 
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _CHUNK_BYTES = 2**26
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies: its file, the type's name in safetensors, its shape, its first byte and their number."""
+    """A tensor's file, and where it lies in it."""
 
     path: Path
-    type_name: str
-    shape: tuple[int, ...]
-    start: int
-    n_bytes: int
+    entry: Entry
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its type in torch. Raises `ConfigError` naming the file for one that torch has none for."""
-        require(self.type_name in _TYPES, f"{str(self.path)!r}: type", self.type_name, "one of " + ", ".join(_TYPES))
-        return _TYPES[self.type_name]
+        """Its type."""
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.entry.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size."""
+        return self.entry.end - self.entry.start
 
 
 class TensorFiles:
@@ -61,7 +52,7 @@ class TensorFiles:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._headers: dict[str, dict[str, Stored]] = {}
+        self._headers: dict[str, dict[str, Entry]] = {}
         index, single = self.folder / INDEX, self.folder / WEIGHTS
         if index.exists():
             self._listed_in = index
@@ -89,7 +80,7 @@ class TensorFiles:
         if name not in header:
             path = self.folder / self._file_of[name]
             raise ConfigError(f"{str(path)!r} lacks the tensor {name}, which {INDEX} says is there")
-        return header[name]
+        return Stored(self.folder / self._file_of[name], header[name])
 
     def expect(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Stored:
         """As `stored`. Raises `ConfigError` naming file and tensor, found and expected, for another shape or type."""
@@ -112,7 +103,7 @@ class TensorFiles:
         found = self.stored(name)
         assert out.dtype == found.dtype
         with found.path.open("rb") as file:
-            file.seek(found.start + first_row * _row_bytes(found))
+            file.seek(found.entry.start + first_row * _row_bytes(found))
             file.readinto(out.detach().view(-1).view(torch.uint8).numpy().data)
 
     def chunks(self, name: str, rows: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -124,9 +115,12 @@ class TensorFiles:
             self.read_into(name, chunk, first)
             yield first, chunk
 
-    def _header(self, file: str) -> dict[str, Stored]:
+    def _header(self, file: str) -> dict[str, Entry]:
         if file not in self._headers:
-            self._headers[file] = _header(self.folder / file)
+            try:
+                self._headers[file] = read_header(self.folder / file).entries
+            except (OSError, ConfigError) as error:
+                raise ConfigError(f"{str(self.folder / file)!r} can't be read as safetensors: {error}") from error
         return self._headers[file]
 
 
@@ -134,7 +128,7 @@ def write_rows(folder: Path, stored: Stored, rows: Tensor, first_row: int = 0) -
     """Put rows, in the type that is stored, in the place of a tensor's own in `folder`'s copy of its file."""
     assert rows.dtype == stored.dtype
     with (folder / stored.path.name).open("r+b") as file:
-        file.seek(stored.start + first_row * _row_bytes(stored))
+        file.seek(stored.entry.start + first_row * _row_bytes(stored))
         file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
@@ -150,24 +144,3 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ConfigError(f"{str(index)!r} can't be read as an index of weights: {error!r}") from error
     require(plain, f"{str(index)!r}: weight_map", "a path", "names of files in the same folder")
     return dict(files)
-
-
-def _header(path: Path) -> dict[str, Stored]:
-    try:
-        with safe_open(path, framework="np"):  # checks that header and file fit each other, and maps no more
-            pass
-        with path.open("rb") as file:
-            begin, described = _parse(file)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{str(path)!r} can't be read as safetensors: {error}") from error
-    return {
-        name: Stored(path, entry["dtype"], tuple(entry["shape"]), begin + first, end - first)
-        for name, entry in described.items()
-        if name != "__metadata__"
-        for first, end in [entry["data_offsets"]]
-    }
-
-
-def _parse(file: BinaryIO) -> tuple[int, dict[str, Any]]:
-    length = int.from_bytes(file.read(8), "little")
-    return 8 + length, json.loads(file.read(length))

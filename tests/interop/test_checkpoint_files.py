@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from engram import ConfigError
-from engram.interop.tensor_files import TensorFiles
+from engram.interop.checkpoint_files import TensorFiles
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.int64).view(4, 3),
