@@ -68,10 +68,6 @@ class TensorFiles:
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
-    def files(self) -> list[Path]:
-        """The safetensors files, by name."""
-        return [self.folder / name for name in sorted(set(self._file_of.values()))]
-
     def stored(self, name: str) -> Stored:
         """Where a tensor lies."""
         if name not in self._file_of:

@@ -101,8 +101,7 @@ def read_memory(
     config, files = _config(folder, dtype), TensorFiles(folder)
     if lookup is None:
         lookup = token_lookup(folder)
-    n_canonical, wanted = int(lookup.max()) + 1, _settings(folder)["engram_compressed_vocab_size"]
-    require(n_canonical == wanted, "canonical ids of lookup", n_canonical, f"{wanted}, from {CONFIG}")
+    _require_canonical(int(lookup.max()) + 1, folder)
     return {layer: _read(files, config, layer, lookup, dtype, packed) for layer in chosen(layers, config)}
 
 
@@ -117,6 +116,7 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
     config, files = _config(source, torch.bfloat16), TensorFiles(source)
     for layer, memory in memories.items():
         require_fits(memory, layer, config)
+        _require_canonical(memory.reader.hasher.n_canonical, source)
     with copied(Path(source), Path(folder)) as draft:
         for layer, memory in memories.items():
             prefix = f"layers.{layer}.engram."
@@ -156,6 +156,12 @@ def _config(folder: str | Path, table_dtype: torch.dtype) -> MemoryConfig:
         vocab_size=s["vocab_size"],
         branches=s["hc_mult"],
     )
+
+
+def _require_canonical(n_canonical: int, folder: str | Path) -> None:
+    """All rows depend on this number, by the hash's multipliers."""
+    wanted = _settings(folder)["engram_compressed_vocab_size"]
+    require(n_canonical == wanted, "canonical ids of lookup", n_canonical, f"{wanted}, from {CONFIG}")
 
 
 def _read(

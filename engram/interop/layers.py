@@ -91,6 +91,9 @@ def copied(source: Path, folder: Path) -> Iterator[Path]:
     """
     inside = folder.resolve().is_relative_to(source.resolve())
     require(not inside, "folder", str(folder), f"another than the checkpoint's own, {str(source)!r}")
-    with atomic_folder(folder, owned=[path.name for path in source.iterdir()]) as draft:
-        shutil.copytree(source, draft, dirs_exist_ok=True)
+    paths = sorted(source.iterdir())
+    with atomic_folder(folder, owned=[path.name for path in paths]) as draft:
+        for path in paths:  # contents alone: files of a hub's cache may be read-only
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, draft / path.name)
         yield draft

@@ -254,4 +254,7 @@ def test_memories_of_another_config_are_not_written(folder: Path, tmp_path: Path
     memory = deepseek_v41.read_memory(folder)[0]
     with pytest.raises(ConfigError, match="layer of the memory for block 2 is 0: allowed is 2"):
         deepseek_v41.write_memory({2: memory}, folder, tmp_path / "x")
-    assert isinstance(memory, Engram)
+    raw = Engram(memory.config, 0, lookup=torch.arange(60))
+    with pytest.raises(ConfigError, match="canonical ids of lookup is 60: allowed is 29"):
+        deepseek_v41.write_memory({0: raw}, folder, tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -198,6 +198,20 @@ def test_a_changed_memory_is_what_transformers_loads(model: Any, folder: Path, t
     assert torch.equal(after[name][n_rows:], before[name][n_rows:])  # the rows that fill it up are the old ones
 
 
+def test_a_copy_has_all_of_a_checkpoint_and_keeps_what_stood_beside_it(copy: Path, tmp_path_factory: Any) -> None:
+    (copy / "assets").mkdir()
+    (copy / "assets" / "note.txt").write_text("whatever else there is")
+    (copy / "model.safetensors").chmod(0o444)
+    out = tmp_path_factory.mktemp("out")
+    (out / "mine.txt").write_text("kept")
+    (out / "config.json").write_text("not kept")
+    qwen4_exp.write_memory({}, copy, out)
+    assert (out / "assets" / "note.txt").read_text() == "whatever else there is"
+    assert (out / "mine.txt").read_text() == "kept"
+    assert (out / "config.json").read_bytes() == (copy / "config.json").read_bytes()
+    assert (out / "model.safetensors").stat().st_mode & 0o200
+
+
 def test_a_table_in_one_tensor_is_read_and_written_too(single: Path, copy: Path, tmp_path: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     for layer in (1, 2):
