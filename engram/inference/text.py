@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from engram.backbone import EngramLM
-from engram.config import ConfigError, require
+from engram.config import require
 from engram.inference.generate import stream
-from engram.training.tokenizer import eos_id
+from engram.training.tokenizer import special_ids
 
 
 class TextGenerator:
@@ -34,10 +34,7 @@ class TextGenerator:
         require(n <= V, "ids of the tokenizer", n, f"at most the model's vocab_size ({V})")
         self.model, self.tokenizer = model, tokenizer
         self.n_new = 0  # tokens that were generated
-        try:
-            self.stop_ids = {eos_id(tokenizer)}
-        except ConfigError:  # it has no token for the end of a document
-            self.stop_ids = set()
+        self.stop_ids = {i for name, i in special_ids(tokenizer).items() if name == "eos"}
 
     def stream(
         self, prompts: Sequence[str], max_new_tokens: int, *, stop: Sequence[str] = (), **settings: Any

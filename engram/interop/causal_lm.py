@@ -7,8 +7,10 @@ gives them, so that a folder that either wrote is read by both.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -33,6 +35,9 @@ from engram.backbone.block import Block
 from engram.config import ModelConfig, require
 from engram.memory import RowReader
 from engram.memory.readers import documents_of
+from engram.training.checksums import CHECKSUMS, write_checksums
+from engram.training.identity import origin_of
+from engram.training.weights import TRAINED_WITH, require_sound
 
 _FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 _SLACK = 64  # tokens that a cache can give back, which assisted generation does with those that it rejects
@@ -173,12 +178,26 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
         """The model itself, of the same modules."""
         return self._lm[0]
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers' own, with checksums, and with what the weights were trained with in the config."""
+        setattr(self.config, TRAINED_WITH, origin_of(self.lm.config, self.token_lookup, None))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if files := sorted(Path(save_directory).glob("model*.safetensors")):
+            write_checksums(Path(save_directory), files)
+
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers' own. Raises `ConfigError` naming tensors that are missing or have another shape: a memory
-        with fresh rows would say nothing, and nothing would say so."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As transformers' own, after what `load_model` checks of a folder with checksums.
+
+        Raises `ConfigError` for what it finds, and naming tensors that are missing or have another shape: a memory with
+        fresh rows would say nothing, and nothing would say so.
+        """
+        if (Path(str(pretrained_model_name_or_path)) / CHECKSUMS).is_file():
+            require_sound(pretrained_model_name_or_path)
         kwargs["ignore_mismatched_sizes"] = True  # they are refused here, by name
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         missing = set(info["missing_keys"])
         if "token_lookup" in missing and model.token_lookup is not None:  # saved by a model without a compression

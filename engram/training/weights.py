@@ -6,6 +6,7 @@ they were trained with, so that a table is never read by another hash, seed, siz
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from engram.backbone import EngramLM
-from engram.config import ConfigError, ModelConfig
+from engram.config import ConfigError, ModelConfig, require
 from engram.memory import MemoryTable
 from engram.memory.readers import RowReader
 from engram.parallel.checkpoint import read_run
@@ -30,11 +31,14 @@ from engram.training.atomic import atomic_folder
 from engram.training.cache import disk_errors_name
 from engram.training.checksums import CHECKSUMS, Advance, checked_header, damages, read_checksums, write_checksums
 from engram.training.identity import origin_of, require_origin
-from engram.training.tokenizer import load_tokenizer
+from engram.training.tokenizer import SPECIAL, load_tokenizer, special_ids
 
-_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
+_CONFIG, _TOKENIZER, _TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
+# By which transformers' Auto classes find `engram.interop.causal_lm`.
+_FOR_TRANSFORMERS = {"model_type": "engram", "architectures": ["EngramForCausalLM"]}
 _LOOKUP = "token_lookup"
 _ORIGIN = "engram"  # in a header's metadata
+TRAINED_WITH = "trained_with"  # the same in a config.json of transformers, which writes its own metadata
 _CHECKED_TABLE_BYTES = 2**30
 _NO_CHECKSUMS = f"there is no {CHECKSUMS}"
 
@@ -91,19 +95,32 @@ def _write_folder(
     lookup: Tensor | None,
     tokenizer: str | None,
 ) -> Path:
-    old = [path.name for path in folder.glob(PARTS)]
-    with atomic_folder(folder, owned=(WEIGHTS, INDEX, CHECKSUMS, _CONFIG, _TOKENIZER, *old)) as draft:
+    owned = (WEIGHTS, INDEX, CHECKSUMS, _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG)
+    with atomic_folder(folder, owned=(*owned, *(path.name for path in folder.glob(PARTS)))) as draft:
         with disk_errors_name(folder / WEIGHTS):
             files = write_weights(draft, {_ORIGIN: origin_of(config, lookup, tokenizer)})
         with disk_errors_name(folder / CHECKSUMS):
             write_checksums(draft, files)
-        texts = {_CONFIG: json.dumps(config.to_dict(), indent=1) + "\n"}
+        special: dict[str, int] = {}
+        texts = {}
         if tokenizer is not None:
-            texts[_TOKENIZER] = Tokenizer.from_str(tokenizer).to_str(pretty=True)
+            made = Tokenizer.from_str(tokenizer)
+            special = special_ids(made)
+            texts[_TOKENIZER] = made.to_str(pretty=True)
+            texts[_TOKENIZER_CONFIG] = _json(
+                {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len}
+                | {f"{name}_token": made.id_to_token(i) for name, i in special.items()}
+            )
+        ids = {f"{name}_token_id": i for name, i in special.items()}
+        texts[_CONFIG] = _json(_FOR_TRANSFORMERS | ids | config.to_dict())
         for name, text in texts.items():
             with disk_errors_name(folder / name):
                 (draft / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=1) + "\n"
 
 
 def load_model(folder: str | Path, tokenizer: Tokenizer | None = None, *, verify: bool = False) -> EngramLM:
@@ -120,24 +137,34 @@ def load_model(folder: str | Path, tokenizer: Tokenizer | None = None, *, verify
     config, token compression or tokenizer (also `tokenizer`, if given) other than those that the weights were trained
     with. A folder without checksums, or whose weights do not tell their origin, is loaded with a warning.
     """
-    folder = Path(folder)
-    with _errors_name(folder):
-        config = _config(folder)
-        headers, saved = _open(folder)
-        if saved is not None:
-            _require_undamaged(headers, saved, None if verify else _CHECKED_TABLE_BYTES)
-        elif verify:
-            raise ConfigError(_NO_CHECKSUMS)
-        else:
-            warnings.warn(f"whether {str(folder)!r} is damaged is not known: {_NO_CHECKSUMS}", stacklevel=2)
-        tensors = {
-            name: tensor for path, header in headers.items() for name, tensor in map_tensors(path, header).items()
-        }
-        lookup = tensors.pop(_LOOKUP, None)
-        if not all(_ORIGIN in header.metadata for header in headers.values()):
-            warnings.warn(f"weights in {str(folder)!r} do not tell what they were trained with", stacklevel=2)
-        _require_origin(folder, headers, config, lookup, tokenizer)
-        return _built(config, lookup, tensors)
+    with _errors_name(Path(folder)):
+        return _built(*_checked(Path(folder), tokenizer, verify))
+
+
+def require_sound(folder: str | Path) -> None:
+    """Check all that `load_model` checks, for weights that another library is about to load. Raises as it does."""
+    with _errors_name(Path(folder)):
+        _checked(Path(folder), None, False)
+
+
+def _checked(
+    folder: Path, tokenizer: Tokenizer | None, verify: bool
+) -> tuple[ModelConfig, Tensor | None, dict[str, Tensor]]:
+    """Config, token compression and all other tensors of a folder, mapped from its files."""
+    config = read_config(folder)
+    headers, saved = _open(folder)
+    if saved is not None:
+        _require_undamaged(headers, saved, None if verify else _CHECKED_TABLE_BYTES)
+    elif verify:
+        raise ConfigError(_NO_CHECKSUMS)
+    else:
+        warnings.warn(f"whether {str(folder)!r} is damaged is not known: {_NO_CHECKSUMS}", stacklevel=3)
+    tensors = {name: tensor for path, header in headers.items() for name, tensor in map_tensors(path, header).items()}
+    lookup = tensors.pop(_LOOKUP, None)
+    if not _origins(folder, headers):
+        warnings.warn(f"weights in {str(folder)!r} do not tell what they were trained with", stacklevel=3)
+    _require_origin(folder, headers, config, lookup, tokenizer)
+    return config, lookup, tensors
 
 
 def verify_model(folder: str | Path, advance: Advance | None = None) -> list[str]:
@@ -158,7 +185,7 @@ def verify_model(folder: str | Path, advance: Advance | None = None) -> list[str
             lookups = [
                 map_tensors(path, header)[_LOOKUP] for path, header in headers.items() if _LOOKUP in header.entries
             ]
-            _require_origin(folder, headers, _config(folder), next(iter(lookups), None))
+            _require_origin(folder, headers, read_config(folder), next(iter(lookups), None))
         return found
 
 
@@ -172,10 +199,18 @@ def _errors_name(folder: Path) -> Iterator[None]:
         raise ConfigError(f"model in {str(folder)!r} cannot be loaded: {reason}") from error
 
 
-def _config(folder: Path) -> ModelConfig:
+def read_config(folder: Path) -> ModelConfig:
+    """The config in a model's folder, of `save_model` or of transformers. Raises `ConfigError` naming the file."""
     try:
-        return ModelConfig.from_dict(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
-    except ValueError as error:
+        data = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        kind = _FOR_TRANSFORMERS["model_type"]
+        require(data.get("model_type", kind) == kind, "model_type", data.get("model_type"), repr(kind))
+        names = {field.name for field in dataclasses.fields(ModelConfig)}
+        by_transformers = "transformers_version" in data  # which adds many a key
+        ours = {*_FOR_TRANSFORMERS, *(f"{name}_token_id" for name in SPECIAL)}
+        data = {name: value for name, value in data.items() if name in names or not (by_transformers or name in ours)}
+        return ModelConfig.from_dict(data)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{_CONFIG}: {error}") from error
 
 
@@ -207,8 +242,15 @@ def _require_origin(
     tokenizers = {} if tokenizer is None else {"the tokenizer given": tokenizer}
     if (folder / _TOKENIZER).exists():
         tokenizers[_TOKENIZER] = load_tokenizer(str(folder))
-    for origin in {header.metadata[_ORIGIN] for header in headers.values() if _ORIGIN in header.metadata}:
+    for origin in _origins(folder, headers):
         require_origin(origin, config, lookup, tokenizers)
+
+
+def _origins(folder: Path, headers: dict[Path, Header]) -> set[str]:
+    """What the weights were trained with, as their files tell, or as transformers keeps it, the config's file."""
+    found = {header.metadata[_ORIGIN] for header in headers.values() if _ORIGIN in header.metadata}
+    kept = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get(TRAINED_WITH)
+    return found or ({kept} if kept else set())
 
 
 def _require_undamaged(headers: dict[Path, Header], saved: dict[str, Any], largest_table: int | None) -> None:

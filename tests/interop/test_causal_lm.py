@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from engram import ConfigError, EngramLM, ModelConfig
 from engram.inference import generate
 from engram.interop.causal_lm import EngramConfig, EngramForCausalLM
+from engram.training.tokenizer import train_bpe
 from engram.training.weights import load_model, save_model
 
 V = 40
@@ -204,11 +205,28 @@ def test_copies_and_replaced_children_are_the_models_own() -> None:
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     model = causal()
     model.save_pretrained(tmp_path)
+    (tmp_path / "checksums.json").unlink()
     config = json.loads((tmp_path / "config.json").read_text())
     config["memory"]["rows"] = [31, 61]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"memory\.1\.table\.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_damage_and_another_hash_are_refused_before_transformers_loads(tmp_path: Path) -> None:
+    causal().save_pretrained(tmp_path / "theirs")
+    weights = tmp_path / "theirs" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-3] ^= 16
+    weights.write_bytes(damaged)
+    with pytest.raises(ConfigError, match="is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    own = save_model(EngramLM(ModelConfig.from_dict(CONFIG), LOOKUP), tmp_path / "own", LOOKUP)
+    config = json.loads((own / "config.json").read_text())
+    config["memory"]["seed"] = 5
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="seed"):
+        AutoModelForCausalLM.from_pretrained(own)
 
 
 def test_what_is_not_supported_is_refused() -> None:
@@ -226,3 +244,30 @@ def test_what_is_not_supported_is_refused() -> None:
     for message, call in refused:
         with pytest.raises(ConfigError, match=message):
             call()
+
+
+def test_a_folder_of_ours_has_all_that_transformers_needs_for_text(tmp_path: Path) -> None:
+    """Model, tokenizer and the token that ends a text, by the Auto classes alone."""
+    tokenizer = train_bpe(["a text to learn from, and some more of it"], 280)
+    own = EngramLM(ModelConfig.from_dict({**CONFIG, "vocab_size": 280}), torch.arange(280) // 2)
+    save_model(own, tmp_path, None, tokenizer)
+    loaded, theirs = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "some more text"
+    assert theirs(text).input_ids == tokenizer.encode(text).ids
+    assert theirs.decode(theirs(text).input_ids) == text
+    assert loaded.generation_config.eos_token_id == theirs.eos_token_id == tokenizer.token_to_id("<|eos|>")
+    assert theirs.pad_token_id == tokenizer.token_to_id("<|pad|>")
+    made = loaded.generate(**theirs(text, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert made[0, -8:].tolist() == generate(own.eval(), [tokenizer.encode(text).ids], 8)[0]
+
+
+def test_what_transformers_saved_is_held_against_an_edited_config_too(tmp_path: Path, recwarn: Any) -> None:
+    causal().save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert not [w for w in recwarn if "trained with" in str(w.message)]
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["memory"]["seed"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (load_model, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ConfigError, match=r"memory\.seed is 5: the weights were trained with 0"):
+            load(tmp_path)
