@@ -1,9 +1,10 @@
 """The `engram` command: `engram sweep plan|run|status|report PLAN.yaml`, `engram consolidate CHECKPOINT FOLDER`,
-`engram verify FOLDER`, `engram generate MODEL PROMPT`."""
+`engram verify FOLDER`, `engram generate MODEL PROMPT`, `engram inspect PATH`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import warnings
@@ -76,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("folder", type=Path, help="of a trained model, such as RUN/model")
     action.set_defaults(run=_verify)
     _add_generate(commands.add_parser("generate", help="continue a text with a trained model"))
+    action = commands.add_parser(
+        "inspect", help="print what a checkpoint holds, without loading it: tables, and where its parameters are"
+    )
+    action.add_argument("path", type=Path, help="a folder of engram's, of Qwen4-Exp or of DeepSeek-V4.1")
+    action.add_argument("--json", action="store_true", help="for programs")
+    action.set_defaults(run=_inspect)
     return parser
 
 
@@ -179,6 +186,14 @@ def _generate(args: argparse.Namespace) -> int:
     print("" if streaming else "\n\n".join("".join(text) for text in texts))
     seconds = time.perf_counter() - started
     print(f"{writer.n_new} tokens in {seconds:.1f} s, {writer.n_new / seconds:.0f} a second", file=sys.stderr)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from engram.interop.inspect import inspect
+
+    report = inspect(args.path)
+    print(json.dumps(report.to_dict(), indent=1) if args.json else report.text())
     return 0
 
 

@@ -36,7 +36,8 @@ from engram.config import ModelConfig, require
 from engram.memory import RowReader
 from engram.memory.readers import documents_of
 from engram.training.checksums import CHECKSUMS, write_checksums
-from engram.training.weights import require_sound
+from engram.training.identity import origin_of
+from engram.training.weights import TRAINED_WITH, require_sound
 
 _FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 _SLACK = 64  # tokens that a cache can give back, which assisted generation does with those that it rejects
@@ -178,7 +179,8 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
         return self._lm[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As transformers' own, with checksums."""
+        """As transformers' own, with checksums, and with what the weights were trained with in the config."""
+        setattr(self.config, TRAINED_WITH, origin_of(self.lm.config, self.token_lookup, None))
         super().save_pretrained(save_directory, *args, **kwargs)
         if files := sorted(Path(save_directory).glob("model*.safetensors")):
             write_checksums(Path(save_directory), files)

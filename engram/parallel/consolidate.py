@@ -13,7 +13,7 @@ from engram.parallel.checkpoint import fill, named_errors, open_checkpoint
 from engram.parallel.state import Piece, pieces_of
 from engram.parallel.tensor_files import Shapes, create, size_of
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, PARTS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
 _FILE_BYTES = 2**35
 
 
@@ -41,7 +41,7 @@ def consolidate(
     """
     with named_errors(checkpoint, "read"):
         reader, saved = open_checkpoint(checkpoint)
-        shapes = _shapes(saved) | {name: (tensor.shape, tensor.dtype) for name, tensor in extra.items()}
+        shapes = model_shapes(saved) | {name: (tensor.shape, tensor.dtype) for name, tensor in extra.items()}
         parts = _divided(shapes, file_bytes)
         names = (
             [WEIGHTS]
@@ -68,8 +68,8 @@ def _entries(key: str, value: Tensor, saved: dict[str, Any]) -> list[tuple[str, 
     return [(key, value)] if key in saved else list(pieces_of(key, 0, 1, value))
 
 
-def _shapes(saved: dict[str, Any]) -> Shapes:
-    """Shapes and types of the model's tensors, by their names in the model."""
+def model_shapes(saved: dict[str, Any]) -> Shapes:
+    """Shapes and types of a checkpoint's model, by names in the model; `saved` is what `open_checkpoint` tells."""
     shapes: Shapes = {}
     for entry, described in saved.items():
         piece = Piece.parse(entry)

@@ -17,8 +17,8 @@ from engram.memory import TokenCompressor
 
 def tokenizer_identity(tokenizer: Tokenizer, name: str, compressor: TokenCompressor | None = None) -> dict[str, str]:
     """A name to print, and hex SHA-256 of the tokenizer and of its compression (empty without one)."""
-    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return {"name": name, "sha256": digest, "compression": compressor.fingerprint if compressor else ""}
+    compression = compressor.fingerprint if compressor else ""
+    return {"name": name, "sha256": _digest(tokenizer.to_str()), "compression": compression}
 
 
 def require_same_tokenizer(own: dict[str, str], saved: dict[str, str]) -> None:
@@ -36,7 +36,7 @@ def origin_of(config: ModelConfig, lookup: Tensor | None, tokenizer: str | None)
         {
             "config": config.to_dict(),
             "compression": _compression(lookup),
-            "tokenizer": "" if tokenizer is None else hashlib.sha256(tokenizer.encode()).hexdigest(),
+            "tokenizer": "" if tokenizer is None else _digest(tokenizer),
         }
     )
 
@@ -46,23 +46,32 @@ def require_origin(origin: str, config: ModelConfig, lookup: Tensor | None, toke
 
     It names everything in which they differ, with both values. Tokenizers are not compared if there was none.
     """
-    saved = json.loads(origin)
-    trained = ModelConfig.from_dict(saved["config"])  # by itself, so that settings newer than the file have a value
+    try:
+        saved = json.loads(origin)
+        trained = ModelConfig.from_dict(saved["config"])  # by itself, so that settings newer than the file have a value
+        compression, digest = str(saved["compression"]), str(saved["tokenizer"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"what the weights tell of their origin is damaged: {type(error).__name__} {error}"
+        ) from error
     wrong = [
         f"{name} is {own!r}: the weights were trained with {other!r}"
         for name, own, other in _differences(config.to_dict(), trained.to_dict())
     ]
-    if _compression(lookup) != saved["compression"]:
-        wrong.append(
-            f"token compression has {_shown(_compression(lookup))}: the weights were trained with "
-            f"{_shown(saved['compression'])}"
-        )
-    for name, tokenizer in tokenizers.items():
-        digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-        if saved["tokenizer"] and digest != saved["tokenizer"]:
-            wrong.append(f"{name} has {_shown(digest)}: the weights were trained with {_shown(saved['tokenizer'])}")
+    found = {"token compression": (_compression(lookup), compression)}
+    if digest:
+        found |= {name: (_digest(tokenizer.to_str()), digest) for name, tokenizer in tokenizers.items()}
+    wrong += [
+        f"{name} has {_shown(own)}: the weights were trained with {_shown(other)}"
+        for name, (own, other) in found.items()
+        if own != other
+    ]
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _digest(tokenizer: str) -> str:
+    return hashlib.sha256(tokenizer.encode()).hexdigest()
 
 
 def _compression(lookup: Tensor | None) -> str:

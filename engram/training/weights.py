@@ -25,7 +25,7 @@ from engram.config import ConfigError, ModelConfig, require
 from engram.memory import MemoryTable
 from engram.memory.readers import RowReader
 from engram.parallel.checkpoint import read_run
-from engram.parallel.consolidate import INDEX, WEIGHTS, consolidate
+from engram.parallel.consolidate import INDEX, PARTS, WEIGHTS, consolidate
 from engram.parallel.tensor_files import Header, map_tensors, read_header
 from engram.training.atomic import atomic_folder
 from engram.training.cache import disk_errors_name
@@ -38,6 +38,7 @@ _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG = "config.json", "tokenizer.json", "token
 _FOR_TRANSFORMERS = {"model_type": "engram", "architectures": ["EngramForCausalLM"]}
 _LOOKUP = "token_lookup"
 _ORIGIN = "engram"  # in a header's metadata
+TRAINED_WITH = "trained_with"  # the same in a config.json of transformers, which writes its own metadata
 _CHECKED_TABLE_BYTES = 2**30
 _NO_CHECKSUMS = f"there is no {CHECKSUMS}"
 
@@ -94,7 +95,8 @@ def _write_folder(
     lookup: Tensor | None,
     tokenizer: str | None,
 ) -> Path:
-    with atomic_folder(folder, owned=(WEIGHTS, INDEX, CHECKSUMS, _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG)) as draft:
+    owned = (WEIGHTS, INDEX, CHECKSUMS, _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG)
+    with atomic_folder(folder, owned=(*owned, *(path.name for path in folder.glob(PARTS)))) as draft:
         with disk_errors_name(folder / WEIGHTS):
             files = write_weights(draft, {_ORIGIN: origin_of(config, lookup, tokenizer)})
         with disk_errors_name(folder / CHECKSUMS):
@@ -159,7 +161,7 @@ def _checked(
         warnings.warn(f"whether {str(folder)!r} is damaged is not known: {_NO_CHECKSUMS}", stacklevel=3)
     tensors = {name: tensor for path, header in headers.items() for name, tensor in map_tensors(path, header).items()}
     lookup = tensors.pop(_LOOKUP, None)
-    if not all(_ORIGIN in header.metadata for header in headers.values()):
+    if not _origins(folder, headers):
         warnings.warn(f"weights in {str(folder)!r} do not tell what they were trained with", stacklevel=3)
     _require_origin(folder, headers, config, lookup, tokenizer)
     return config, lookup, tensors
@@ -240,8 +242,15 @@ def _require_origin(
     tokenizers = {} if tokenizer is None else {"the tokenizer given": tokenizer}
     if (folder / _TOKENIZER).exists():
         tokenizers[_TOKENIZER] = load_tokenizer(str(folder))
-    for origin in {header.metadata[_ORIGIN] for header in headers.values() if _ORIGIN in header.metadata}:
+    for origin in _origins(folder, headers):
         require_origin(origin, config, lookup, tokenizers)
+
+
+def _origins(folder: Path, headers: dict[Path, Header]) -> set[str]:
+    """What the weights were trained with, as their files tell, or as transformers keeps it, the config's file."""
+    found = {header.metadata[_ORIGIN] for header in headers.values() if _ORIGIN in header.metadata}
+    kept = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get(TRAINED_WITH)
+    return found or ({kept} if kept else set())
 
 
 def _require_undamaged(headers: dict[Path, Header], saved: dict[str, Any], largest_table: int | None) -> None:

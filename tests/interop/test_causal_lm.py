@@ -259,3 +259,15 @@ def test_a_folder_of_ours_has_all_that_transformers_needs_for_text(tmp_path: Pat
     assert theirs.pad_token_id == tokenizer.token_to_id("<|pad|>")
     made = loaded.generate(**theirs(text, return_tensors="pt"), max_new_tokens=8, do_sample=False)
     assert made[0, -8:].tolist() == generate(own.eval(), [tokenizer.encode(text).ids], 8)[0]
+
+
+def test_what_transformers_saved_is_held_against_an_edited_config_too(tmp_path: Path, recwarn: Any) -> None:
+    causal().save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert not [w for w in recwarn if "trained with" in str(w.message)]
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["memory"]["seed"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (load_model, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ConfigError, match=r"memory\.seed is 5: the weights were trained with 0"):
+            load(tmp_path)

@@ -146,9 +146,13 @@ def test_many_files_load_as_one_and_damage_in_each_is_found(shards: Path) -> Non
             load_model(shards)
         flip(path, start, 0)
     index = shards / "model.safetensors.index.json"
+    whole = index.read_text()
     index.write_text(index.read_text().replace("embed.weight", "embet.weight"))
     with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json is damaged"):
         load_model(shards)
+    index.write_text(whole)
+    save_model(load_model(shards), shards)
+    assert sorted(path.name for path in shards.iterdir()) == ["checksums.json", "config.json", WEIGHTS]
 
 
 def test_a_large_table_is_verified_when_asked_and_its_size_always(
@@ -246,6 +250,25 @@ def test_weights_of_unknown_origin_are_loaded_with_a_warning_if_their_rows_fit(f
         pytest.raises(ConfigError, match=rf"weights do not fit config\.json: .*size mismatch for {TABLE}"),
     ):
         load_model(folder)
+
+
+@pytest.mark.filterwarnings("ignore:whether .* is damaged is not known")
+def test_whatever_a_header_holds_the_model_is_loaded_or_refused(folder: Path) -> None:
+    """Without checksums, which would find every change: no reading outside the file, no error but our own."""
+    (folder / "checksums.json").unlink()
+    path, chance = folder / WEIGHTS, random.Random(0)
+    whole, end = path.read_bytes(), spans(path)["header"][1]
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(whole)
+        for _ in range(chance.randrange(1, 4)):
+            changed[chance.randrange(end)] = chance.choice(b'0123456789[]{},:"-. ')
+        path.write_bytes(changed)
+        try:
+            load_model(folder)
+        except ConfigError:
+            refused += 1
+    assert refused > 200
 
 
 def test_a_model_is_saved_with_its_own_token_compression(tmp_path: Path) -> None:
