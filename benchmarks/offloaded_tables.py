@@ -61,13 +61,13 @@ class Scale:
     cache_rows: int
     count_tokens: int  # text by which caches are filled
     rounds: int
-    disk_rows: int = 0  # of a table beyond memory, for each order; 0 for none
+    disk_rows: int = 0  # of a table beyond memory, for each head; 0 for none
 
 
 def scaled(
     vocab: int, d: int, layers: int, heads: tuple[int, int, int], width: int, row_width: int, rows: int, at: int
 ) -> ModelConfig:
-    """A dense model with memory before block `at`, of `rows` rows for each of two orders."""
+    """A dense model with memory before block `at`, of `rows` rows for each of 8 heads of two orders."""
     memory = MemoryConfig(layers=(at,), rows=(rows, rows), row_width=row_width, table_dtype="bfloat16")
     return ModelConfig(
         vocab_size=vocab, d_model=d, n_layers=layers, n_dense_layers=layers, dense_width=width, tied=True,
@@ -77,18 +77,18 @@ def scaled(
 
 SCALES = {
     "toy": Scale(
-        model=scaled(2048, 64, 4, (2, 1, 32), 128, 16, 100_000, 2),
+        model=scaled(2048, 64, 4, (2, 1, 32), 128, 16, 10_000, 2),
         n_prompts=6, lengths=(10, 60), new_tokens=4, batch=3, cache_rows=2000, count_tokens=20_000, rounds=2,
-        disk_rows=2_000_000,
+        disk_rows=200_000,
     ),
     "cpu": Scale(
-        model=scaled(16384, 512, 12, (8, 4, 64), 1408, 64, 8_000_000, 2),
-        n_prompts=8, lengths=(100, 1024), new_tokens=32, batch=8, cache_rows=160_000, count_tokens=1_000_000, rounds=4,
-        disk_rows=940_000_000,
+        model=scaled(16384, 512, 12, (8, 4, 64), 1408, 64, 1_000_000, 2),
+        n_prompts=4, lengths=(100, 1024), new_tokens=40, batch=4, cache_rows=160_000, count_tokens=1_000_000, rounds=8,
+        disk_rows=117_500_000,
     ),
     # The shapes of Qwen3-4B.
     "h200": Scale(
-        model=scaled(151936, 2560, 36, (32, 8, 128), 9728, 80, 250_000_000, 2),
+        model=scaled(151936, 2560, 36, (32, 8, 128), 9728, 80, 31_300_000, 2),
         n_prompts=512, lengths=(100, 1024), new_tokens=64, batch=64, cache_rows=4_000_000, count_tokens=2_000_000,
         rounds=3,
     ),
