@@ -32,8 +32,9 @@ OPTIM = OptimConfig()
 
 
 def windows(ids: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
-    """`n` batches of ids and those that follow, `[B, T]`."""
-    return [(x[:, :-1], x[:, 1:]) for x in ids[: n * B * (T + 1)].view(n, B, T + 1)]
+    """`n` batches of ids and those that follow, `[B, T]`, from anywhere in a text."""
+    pieces = ids[: n * B * (T + 1)].view(n * B, T + 1)
+    return [(x[:, :-1], x[:, 1:]) for x in pieces[torch.randperm(n * B)].split(B)]
 
 
 def train(model: EngramLM, batches: list[tuple[Tensor, Tensor]]) -> None:

@@ -24,6 +24,9 @@ from engram.memory.row_files import map_rows
 from engram.memory.row_formats import RowFormat
 from engram.memory.table import table_of
 
+_SMALL = 2**26  # bytes
+_PINNED: weakref.WeakValueDictionary[int, Pinned] = weakref.WeakValueDictionary()
+
 
 class OffloadedTable(ReadOnlyTable):
     """A table whose records stay on the CPU, whatever the model is moved to; values come to where row indices are.
@@ -97,7 +100,9 @@ class HostTable(OffloadedTable):
 
     def __init__(self, records: Tensor, fmt: RowFormat, cache_rows: int = 0, pinned: bool = True) -> None:
         super().__init__(records, fmt, cache_rows)
-        self._pinned = Pinned(records) if pinned and torch.cuda.is_available() else None
+        self._pinned = pinned_memory(records) if pinned and torch.cuda.is_available() else None
+        if self._pinned is not None:
+            self.records = self._pinned.memory
 
     def _begin(self, rows: Tensor) -> Callable[[], Tensor]:
         if rows.device.type == "cpu" and not self.cache_rows:
@@ -144,8 +149,18 @@ class DiskTable(OffloadedTable):
         super().__setstate__(state)
 
 
+def pinned_memory(memory: Tensor) -> Pinned:
+    """Memory of the CPU, or a copy if it is small, where CUDA devices can read it."""
+    if memory.numel() < _SMALL:
+        return Pinned(memory.pin_memory())
+    found = _PINNED.get(memory.data_ptr())  # another table may read the same rows
+    if found is None or found.memory.numel() < memory.numel():
+        found = _PINNED[memory.data_ptr()] = Pinned(memory)
+    return found
+
+
 class Pinned:
-    """Keeps memory of the CPU where CUDA devices can read it, as long as this object lives."""
+    """Keeps memory of the CPU in its place, for CUDA devices to read, as long as this object lives."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory

@@ -70,7 +70,8 @@ class ReadByThread:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.cache: RowCache | None = None
         if cache_rows:
-            self.cache = RowCache(cache_rows, lambda rows: self._send(load(rows)), fmt.row_bytes, device, _CPU)
+            with self._on_side():
+                self.cache = RowCache(cache_rows, lambda rows: self._send(load(rows)), fmt.row_bytes, device, _CPU)
         # One thread: reads come in the order in which they were begun, and the cache needs no lock.
         self._thread = ThreadPoolExecutor(1, "engram-rows")
 
@@ -149,10 +150,10 @@ class ReadFromPinned:
     def __init__(self, records: Tensor, fmt: RowFormat, cache_rows: int, device: torch.device) -> None:
         self.records, self.fmt = records, fmt
         self._lookups = 0
-        self._hits = torch.zeros((), dtype=torch.int64, device=device)
+        # All that belongs to it lives on this stream alone, so that its memory is never given away too early.
         self._side = torch.cuda.Stream(device)
-        self._side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._side):
+            self._hits = torch.zeros((), dtype=torch.int64, device=device)
             self.cache = RowCache(max(cache_rows, 1), self._load, fmt.row_bytes, device, device)
         self._caches = cache_rows > 0
 
@@ -182,12 +183,15 @@ class ReadFromPinned:
 
     def reset_stats(self) -> None:
         """Count from 0."""
-        self._lookups, self._hits = 0, torch.zeros_like(self._hits)
+        self._lookups = 0
+        with torch.cuda.stream(self._side):
+            self._hits = torch.zeros_like(self._hits)
 
     @property
     def stats(self) -> ReadStats:
         """As of now; to know the hits, the host waits for the device."""
-        hits = int(self._hits)
+        with torch.cuda.stream(self._side):
+            hits = int(self._hits)
         return ReadStats(self._lookups, hits, (self._lookups - hits) * self.fmt.row_bytes)
 
 

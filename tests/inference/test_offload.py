@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engram.backbone import EngramLM
 from engram.config import ConfigError, GQAConfig, MemoryConfig, ModelConfig
-from engram.inference import offload, offload_from, offloaded_tables, read_stats, warm_caches
+from engram.inference import generate, offload, offload_from, offloaded_tables, read_stats, warm_caches
 from engram.memory import DiskTable, Engram, HostTable
 from engram.memory.row_formats import RowKind
 from engram.training.weights import load_model, save_model
@@ -92,6 +92,34 @@ def test_steps_give_what_the_whole_gives_and_can_be_taken_back(place: str, cache
         torch.testing.assert_close(torch.cat(updates, 1), whole)
         chunk, _ = memory.step(hidden[:, 4:], ids[:, 4:], after_four)  # from a state made before the move
         torch.testing.assert_close(chunk, whole[:, 4:])
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("cache_rows", [0, 50])
+def test_texts_are_continued_as_by_the_model(place: str, cache_rows: int, tmp_path: Path) -> None:
+    model = model_of()
+    nn.init.normal_(model.head_weight)  # logits far apart, so that rounding does not choose the likeliest
+    prompts = [[3], [7, 0, 0, 12, 4], [0, 9]]
+    expected = generate(model, prompts, 30)
+    move(model, place, tmp_path, cache_rows)
+    assert generate(model, prompts, 30) == expected
+    state, following = model.init_state(1, 10, slack=3), ids_of(1, 10)
+    first = model.step(following[:, :5], state).hidden
+    model.step(ids_of(1, 3), state)
+    state.rollback(3)
+    whole = model.step(following, model.init_state(1, 10)).hidden
+    torch.testing.assert_close(torch.cat([first, model.step(following[:, 5:], state).hidden], 1), whole)
+
+
+def test_a_compiled_layer_reads_the_same_rows(tmp_path: Path) -> None:
+    """In one graph, without a break."""
+    memory = Engram(dataclasses.replace(MEMORY, d_model=16, vocab_size=97, branches=1))
+    ids, hidden = ids_of(1, 8), torch.randn(1, 8, 16)
+    with torch.no_grad():
+        expected = memory(hidden, ids)
+        move(nn.ModuleList([memory]), "disk", tmp_path, 20)
+        assert isinstance(memory.table, DiskTable)
+        torch.testing.assert_close(torch.compile(memory, backend="aot_eager", fullgraph=True)(hidden, ids), expected)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
