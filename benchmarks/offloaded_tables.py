@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from engram import EngramLM, GQAConfig, MemoryConfig, ModelConfig
 from engram.backbone.initialize import materialize
 from engram.memory import DiskTable, Engram, HostTable, MemoryTable, OffloadedTable
-from engram.memory.row_formats import FloatRows, RowKind
+from engram.memory.row_formats import FloatRows
 from engram.training.environment import prepare_process
 
 PAGE = mmap.PAGESIZE
@@ -83,7 +83,7 @@ SCALES = {
     ),
     "cpu": Scale(
         model=scaled(16384, 512, 12, (8, 4, 64), 1408, 64, 1_000_000, 2),
-        n_prompts=4, lengths=(100, 1024), new_tokens=40, batch=4, cache_rows=160_000, count_tokens=1_000_000, rounds=8,
+        n_prompts=4, lengths=(100, 1024), new_tokens=40, batch=4, cache_rows=160_000, count_tokens=1_000_000, rounds=5,
         disk_rows=117_500_000,
     ),
     # The shapes of Qwen3-4B.
@@ -335,9 +335,7 @@ def rows_of(memory: Engram, ids: Tensor, device: torch.device) -> Tensor:
     return memory.reader(ids.to(device).unsqueeze(0))
 
 
-def disk_sides(
-    open_table: Callable[..., DiskTable], name: str, hot: Tensor, scale: Scale, beyond: bool
-) -> dict[str, Side]:
+def disk_sides(open_table: Callable[..., DiskTable], hot: Tensor, scale: Scale, beyond: bool) -> dict[str, Side]:
     """A table in a file, as the system holds it or not; one `beyond` memory is never held."""
     tables = [open_table() for _ in range(2 if beyond else 4)]
     cached = open_table(cache_rows=scale.cache_rows)
@@ -345,14 +343,14 @@ def disk_sides(
     everyone = [*tables, cached]
     cold = partial(forget, everyone)
     sides = {
-        f"{name}, cold": Side(tables[0], cold),
-        f"{name}, cold, no prefetch": Side(without_prefetch(tables[1]), cold),
-        f"{name}, cold, cache": Side(cached, cold),
+        "disk, cold": Side(tables[0], cold),
+        "disk, cold, no prefetch": Side(without_prefetch(tables[1]), cold),
+        "disk, cold, cache": Side(cached, cold),
     }
     if not beyond:
         warm = partial(recall, everyone)
-        sides[f"{name}, in memory"] = Side(tables[2], warm)
-        sides[f"{name}, in memory, no prefetch"] = Side(without_prefetch(tables[3]), warm)
+        sides["disk, in memory"] = Side(tables[2], warm)
+        sides["disk, in memory, no prefetch"] = Side(without_prefetch(tables[3]), warm)
     return sides
 
 
@@ -376,12 +374,11 @@ def within_memory(scale: Scale, words: Words, device: torch.device, folder: Path
         cached.warm(hot)
         sides["host, cache"] = Side(cached)
     if size < 8e9:
-        kinds: tuple[RowKind, ...] = ("float", "int8")
-        for kind in kinds:
-            path = folder / f"{kind}.safetensors"
-            host.to_disk(path, rows=kind)
-            name = "disk" if kind == "float" else f"disk, {kind}"
-            sides |= disk_sides(partial(DiskTable, path), name, hot, scale, False)
+        path = folder / "rows.safetensors"
+        host.to_disk(path)
+        sides |= disk_sides(partial(DiskTable, path), hot, scale, False)
+        quantized = host.to_disk(folder / "int8.safetensors", rows="int8")
+        sides["disk, cold, int8"] = Side(quantized, partial(forget, [quantized]))
     rates = compare(f"{size / 1e9:.1f} GB", model, sides, rounds, device)
     return {"parameters": parameters, "bytes": size, "tokens/s": rates}
 
@@ -403,7 +400,7 @@ def beyond_memory(scale: Scale, words: Words, device: torch.device, folder: Path
     written = sparse_file(path, fmt, memory.reader.n_rows, torch.cat(rows).unique().cpu())
     size = path.stat().st_size
     print(f"{size / 1e9:.0f} GB, {written / 1e9:.2f} GB of it written in {time.perf_counter() - began:.0f} s")
-    sides = {"no memory": Side(None)} | disk_sides(partial(DiskTable, path), "disk", hot, scale, True)
+    sides = {"no memory": Side(None)} | disk_sides(partial(DiskTable, path), hot, scale, True)
     rates = compare(f"{size / 1e9:.0f} GB in a sparse file", model, sides, rounds, device)
     return {"bytes": size, "bytes written": written, "tokens/s": rates}
 

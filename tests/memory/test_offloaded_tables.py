@@ -312,7 +312,8 @@ def test_rows_come_to_a_cuda_device_while_it_computes(
     place: str, kind: RowKind, cache_rows: int, tmp_path: Path
 ) -> None:
     """Many reads on their way at once, whose memory is given away and taken again all the time."""
-    table = MemoryTable(50_000, 64, torch.bfloat16)
+    n_rows = 1_100_000  # with a scale, still too many for a copy in torch's own pinned memory
+    table = MemoryTable(n_rows, 64, torch.bfloat16)
     if place == "disk":
         moved: OffloadedTable = table.to_disk(tmp_path / "table", cache_rows, kind)
     else:
@@ -321,7 +322,7 @@ def test_rows_come_to_a_cuda_device_while_it_computes(
     busy = torch.randn(2048, 2048, device="cuda")
     with torch.no_grad():
         for _ in range(30):
-            reads = [(torch.rand(4, 256, 16, device="cuda") ** 4 * 50_000).long() for _ in range(3)]
+            reads = [(torch.rand(4, 256, 16, device="cuda") ** 6 * n_rows).long() for _ in range(3)]
             coming = [moved.start(rows) for rows in reads]
             for _ in range(4):
                 busy = torch.tanh(busy @ busy)
@@ -330,7 +331,7 @@ def test_rows_come_to_a_cuda_device_while_it_computes(
             del reads, coming
     stats = moved.stats()
     assert stats.lookups == 30 * 3 * 4 * 256 * 16
-    assert (stats.hit_rate > 0.3) == (cache_rows > 0)
+    assert (stats.hit_rate > 0.2) == (cache_rows > 0)
     if place == "host":
         assert isinstance(moved, HostTable)
         assert moved._pinned is not None
