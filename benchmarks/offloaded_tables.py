@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from engram import EngramLM, GQAConfig, MemoryConfig, ModelConfig
 from engram.backbone.initialize import materialize
-from engram.memory import DiskTable, Engram, HostTable, MemoryTable, OffloadedTable
+from engram.memory import DiskTable, Engram, HostTable, MemoryTable, OffloadedTable, ReadOnlyTable
 from engram.memory.row_formats import FloatRows
 from engram.training.environment import prepare_process
 
@@ -89,8 +89,8 @@ SCALES = {
     # The shapes of Qwen3-4B.
     "h200": Scale(
         model=scaled(151936, 2560, 36, (32, 8, 128), 9728, 80, 31_300_000, 2),
-        n_prompts=512, lengths=(100, 1024), new_tokens=64, batch=64, cache_rows=4_000_000, count_tokens=2_000_000,
-        rounds=3,
+        n_prompts=512, lengths=(100, 1024), new_tokens=32, batch=64, cache_rows=4_000_000, count_tokens=2_000_000,
+        rounds=2,
     ),
 }  # fmt: skip
 
@@ -324,6 +324,13 @@ def build(config: ModelConfig, device: torch.device) -> tuple[EngramLM, Engram]:
     return model.to(torch.bfloat16), memory
 
 
+class Folded(ReadOnlyTable):
+    """A table that is too large for the device, of which it has some rows, read in the place of all: as many reads."""
+
+    def start(self, rows: Tensor) -> Callable[[], Tensor]:
+        return super().start(rows % self.n_rows)
+
+
 def without_prefetch(table: OffloadedTable) -> OffloadedTable:
     """The same rows, fetched when they are asked for."""
     table.prefetch = False
@@ -367,6 +374,8 @@ def within_memory(scale: Scale, words: Words, device: torch.device, folder: Path
     sides = {"no memory": Side(None)}
     if device.type == "cpu" or size < torch.cuda.mem_get_info(device)[0] / 2:
         sides["device"] = Side(host.read_only().to(device))
+    else:
+        sides["device, a part"] = Side(Folded(host.records[: 2**30 // fmt.row_bytes].to(device), fmt))
     sides["host"] = Side(host)
     if device.type == "cuda":  # on the CPU the host is the device
         sides["host, no prefetch"] = Side(without_prefetch(copy.deepcopy(host)))
