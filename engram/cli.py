@@ -103,6 +103,10 @@ def _add_generate(action: argparse.ArgumentParser) -> None:
     action.add_argument("--seed", type=int, help="of the draws")
     action.add_argument("--tokenizer", help="where the model's folder has none: a tokenizer.json, a folder, a hub id")
     action.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (cpu)")
+    places = ("device", "host", "disk")
+    action.add_argument("--tables", choices=places, default="device", help="where memory tables are kept (device)")
+    action.add_argument("--cache-rows", type=int, default=0, metavar="N", help="rows of each to keep on the device")
+    action.add_argument("--rows", choices=("float", "int8", "fp8"), default="float", help="quantize memory rows")
     action.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     action.add_argument("--compile", action="store_true", help="compile the step: for long texts")
     action.add_argument("--no-echo", action="store_true", help="print what is new alone, without the prompt")
@@ -161,7 +165,7 @@ def _generate(args: argparse.Namespace) -> int:
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
     )
-    model, tokenizer = open_model(args.model)
+    model, tokenizer = open_model(args.model, args.tables, cache_rows=args.cache_rows, rows=args.rows)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tokenizer
     if tokenizer is None:
         raise ConfigError(f"{str(args.model)!r} holds no tokenizer: name one with --tokenizer")

@@ -77,6 +77,12 @@ def offload_from(model: nn.Module, folder: str | Path, *, cache_rows: int = 0) -
     return _replace(model, serve)
 
 
+def quantize(model: nn.Module, rows: RowKind) -> dict[str, ReadOnlyTable]:
+    """Quantize all memory tables of a model where they are, in place; the new ones by name. They can't be trained any
+    more. Raises `ConfigError` for a model without tables."""
+    return _replace(model, lambda name, table: table.read_only(rows))
+
+
 def offloaded_tables(model: nn.Module) -> dict[str, OffloadedTable]:
     """The tables of a model that lie elsewhere, by name."""
     return {name: table for name, _, _, table in _tables(model) if isinstance(table, OffloadedTable)}
