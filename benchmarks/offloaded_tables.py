@@ -227,9 +227,9 @@ class Side:
 def compare(
     title: str, model: EngramLM, sides: dict[str, Side], rounds: list[list[Batch]], device: torch.device
 ) -> dict[str, Any]:
-    """Serve the same prompts with each side in turn, in rounds of which the first warms up; print each one's best.
+    """Serve the same prompts with each side in turn, in rounds of which the first warms up.
 
-    The best round of each, as others on the machine only ever slow it down; the results have all rounds.
+    Prints medians over the rounds, of the rates and of their ratios to the first side's in the same round.
     """
     memories = model.memory
     (name,) = list(memories)
@@ -270,8 +270,9 @@ def compare(
             result.wait_share = stats.wait_seconds / spent[side_name]
         cells = []
         for phase in ("prefill", "decode", "total"):
-            rate, of_base = (max(getattr(each, phase)) for each in (result, base))
-            cells.append(f"{rate:8.0f} {rate / of_base - 1:+7.1%}")
+            rates = getattr(result, phase)
+            against = statistics.median(rate / other for rate, other in zip(rates, getattr(base, phase), strict=True))
+            cells.append(f"{statistics.median(rates):8.0f} {against - 1:+7.1%}")
         print(f"{side_name:34} {' '.join(cells)}  {result.hit_rate:5.1%} {result.bytes_per_token:11.0f} "
               f"{result.wait_share:6.1%}", flush=True)  # fmt: skip
     return {side_name: asdict(result) for side_name, result in results.items()}
@@ -497,19 +498,19 @@ def main() -> None:
         scale.model.vocab_size, 3 * (scale.count_tokens + 2 * each)
     )
     words = Words(ids)
-    result: dict[str, Any] = {}
-    with space(arguments.folder) as folder:
+    machine: dict[str, Any] = dict(hardware())
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    result: dict[str, Any] = {"hardware": machine, "ids": arguments.ids, "scale": asdict(scale)}
+    with space(arguments.folder) as folder:  # kept until results are written: to remove large files takes a while
         if scale.disk_rows:
             result["cold reads"] = cold_reads(folder)
             result["cache sizes"] = cache_sizes(scale, words, device)
             result["beyond memory"] = beyond_memory(scale, words, device, folder)
         result["within memory"] = within_memory(scale, words, device, folder)
-    machine: dict[str, Any] = dict(hardware())
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    print(" | ".join(f"{key} {value}" for key, value in machine.items()))
-    if name != "toy":
-        store(f"offloaded_tables_{name}", {"hardware": machine, "ids": arguments.ids, "scale": asdict(scale), **result})
+        print(" | ".join(f"{key} {value}" for key, value in machine.items()))
+        if name != "toy":
+            store(f"offloaded_tables_{name}", result)
 
 
 if __name__ == "__main__":
