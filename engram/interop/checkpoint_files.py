@@ -115,7 +115,7 @@ class TensorFiles:
         if file not in self._headers:
             try:
                 self._headers[file] = read_header(self.folder / file).entries
-            except (OSError, ConfigError) as error:
+            except (OSError, ValueError) as error:  # no file's name, or no header
                 raise ConfigError(f"{str(self.folder / file)!r} can't be read as safetensors: {error}") from error
         return self._headers[file]
 
@@ -136,7 +136,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         plain = all(isinstance(name, str) and Path(name).name == name for name in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{str(index)!r} can't be read as an index of weights: {error!r}") from error
     require(plain, f"{str(index)!r}: weight_map", "a path", "names of files in the same folder")
     return dict(files)

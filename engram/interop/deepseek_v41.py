@@ -19,7 +19,18 @@ from engram.config import ConfigError, MemoryConfig, require
 from engram.interop.block_scaled_table import BlockScaledTable
 from engram.interop.block_scales import BLOCK, decode, encode
 from engram.interop.checkpoint_files import TensorFiles, write_rows
-from engram.interop.layers import CONFIG, chosen, copied, empty_layer, read_config, require_fits, text_settings
+from engram.interop.layers import (
+    CONFIG,
+    chosen,
+    copied,
+    empty_layer,
+    errors_name,
+    orders_up_to,
+    read_config,
+    require_fits,
+    sizes_that_fit,
+    text_settings,
+)
 from engram.memory import Engram, TokenCompressor
 
 KIND = "deepseek_v41"
@@ -102,7 +113,9 @@ def read_memory(
     if lookup is None:
         lookup = token_lookup(folder)
     _require_canonical(int(lookup.max()) + 1, folder)
-    return {layer: _read(files, config, layer, lookup, dtype, packed) for layer in chosen(layers, config)}
+    wanted = chosen(layers, config)
+    with errors_name(files.folder):
+        return {layer: _read(files, config, layer, lookup, dtype, packed) for layer in wanted}
 
 
 def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str | Path) -> Path:
@@ -138,24 +151,34 @@ def _settings(folder: str | Path) -> dict[str, Any]:
 def _config(folder: str | Path, table_dtype: torch.dtype) -> MemoryConfig:
     s, where = _settings(folder), repr(str(Path(folder) / CONFIG))
     blocks = s["engram_layer_ids"]
-    numbers = isinstance(blocks, list) and blocks and all(isinstance(block, int) for block in blocks)
+    numbers = isinstance(blocks, list) and blocks and all(type(block) is int for block in blocks)
     require(bool(numbers), f"{where}: engram_layer_ids", blocks, "the numbers of one block or more")
-    return MemoryConfig(
-        layers=tuple(blocks),
-        orders=tuple(range(2, s["engram_max_ngram_size"] + 1)),
-        n_heads=s["engram_n_heads"],
-        row_width=s["engram_head_dim"],
-        rows=(s["engram_vocab_size"],) * (s["engram_max_ngram_size"] - 1),
-        table_dtype="float32" if table_dtype == torch.float32 else "bfloat16",
-        seed=0,
-        pad_id=s["engram_pad_token_id"],
-        conv_kernel=0,
-        bias=False,
-        norm_eps=s["rms_norm_eps"],
-        d_model=s["hidden_size"],
-        vocab_size=s["vocab_size"],
-        branches=s["hc_mult"],
-    )
+    orders = orders_up_to(s["engram_max_ngram_size"], f"{where}: engram_max_ngram_size")
+    with errors_name(Path(folder) / CONFIG):
+        return MemoryConfig(
+            layers=tuple(blocks),
+            orders=orders,
+            n_heads=s["engram_n_heads"],
+            row_width=s["engram_head_dim"],
+            rows=(s["engram_vocab_size"],) * len(orders),
+            table_dtype="float32" if table_dtype == torch.float32 else "bfloat16",
+            seed=0,
+            pad_id=s["engram_pad_token_id"],
+            conv_kernel=0,
+            bias=False,
+            norm_eps=s["rms_norm_eps"],
+            d_model=s["hidden_size"],
+            vocab_size=s["vocab_size"],
+            branches=s["hc_mult"],
+        )
+
+
+def sizes(files: TensorFiles, config: MemoryConfig) -> dict[int, tuple[int, ...]]:
+    """Rows of each head, by block, of tables that are there."""
+    with errors_name(files.folder):
+        names = [f"layers.{layer}.engram.embed.weight" for layer in config.layers]
+        found = {name: files.stored(name).shape[0] for name in names}
+        return sizes_that_fit(config, found, repr(str(files.folder)))
 
 
 def _require_canonical(n_canonical: int, folder: str | Path) -> None:
@@ -167,8 +190,12 @@ def _require_canonical(n_canonical: int, folder: str | Path) -> None:
 def _read(
     files: TensorFiles, config: MemoryConfig, layer: int, lookup: Tensor, dtype: torch.dtype, packed: bool
 ) -> Engram:
-    memory, prefix = empty_layer(config, layer, lookup), f"layers.{layer}.engram."
-    _require_rows(files, layer, memory.reader.n_rows)
+    prefix, n_rows = f"layers.{layer}.engram.", sum(sizes(files, config)[layer])
+    _require_rows(files, layer, n_rows)
+    # Before memory is asked for.
+    files.expect(prefix + "embed.weight", (n_rows, config.row_width))
+    files.expect(prefix + "wkv.weight", ((config.branches + 1) * config.d_model, config.d_memory))
+    memory = empty_layer(config, layer, lookup)
     if packed:
         memory.table = BlockScaledTable(_records(files, prefix + "embed", memory.table.weight.shape), dtype)
     else:

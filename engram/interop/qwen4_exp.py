@@ -16,7 +16,18 @@ from torch import Tensor, nn
 
 from engram.config import ConfigError, MemoryConfig, require
 from engram.interop.checkpoint_files import TensorFiles, write_rows
-from engram.interop.layers import CONFIG, chosen, copied, empty_layer, read_config, require_fits, text_settings
+from engram.interop.layers import (
+    CONFIG,
+    chosen,
+    copied,
+    empty_layer,
+    errors_name,
+    orders_up_to,
+    read_config,
+    require_fits,
+    sizes_that_fit,
+    text_settings,
+)
 from engram.memory import Engram
 
 KIND = "qwen4_exp"
@@ -97,17 +108,19 @@ class Checkpoint:
         self.files = TensorFiles(folder)
         self.where = repr(str(Path(folder) / CONFIG))
         blocks = self.settings["ple_layer_ids"] or []
-        numbers = isinstance(blocks, list) and blocks and all(isinstance(block, int) and block > 0 for block in blocks)
+        numbers = isinstance(blocks, list) and blocks and all(type(block) is int and block > 0 for block in blocks)
         require(bool(numbers), f"{self.where}: ple_layer_ids", blocks, "the 1-based numbers of one block or more")
-        for name, least in (("make_ngram_vocab_size_divisible_by", 1), ("split_ngram_parts", 0)):
-            require(self.settings[name] >= least, f"{self.where}: {name}", self.settings[name], f"{least} or more")
-        self.config = self._config(sorted(set(blocks)))
+        multiple = self.settings["make_ngram_vocab_size_divisible_by"]
+        require(multiple >= 1, f"{self.where}: make_ngram_vocab_size_divisible_by", multiple, "1 or more")
+        with errors_name(Path(folder) / CONFIG):
+            self.config = self._config(sorted(set(blocks)))
 
     def _config(self, blocks: list[int]) -> MemoryConfig:
         s = self.settings
         eos = s["eos_token_id"][0] if isinstance(s["eos_token_id"], list) else s["eos_token_id"]
-        require(isinstance(eos, int), f"{self.where}: eos_token_id", eos, "an id, at which N-grams start anew")
-        n_heads = (s["ngram_size"] - 1) * s["heads_per_ngram"]
+        require(type(eos) is int, f"{self.where}: eos_token_id", eos, "an id, at which N-grams start anew")
+        orders = orders_up_to(s["ngram_size"], f"{self.where}: ngram_size")
+        n_heads = len(orders) * s["heads_per_ngram"]
         width = s["ple_embed_dim"] or s["hidden_size"]
         require(
             n_heads > 0 and width % n_heads == 0,
@@ -121,10 +134,10 @@ class Checkpoint:
         require(table.dtype in _FLOATS, f"{str(table.path)!r}: type of {embedding}", table.dtype, str(_FLOATS))
         return MemoryConfig(
             layers=tuple(block - 1 for block in blocks),
-            orders=tuple(range(2, s["ngram_size"] + 1)),
+            orders=orders,
             n_heads=s["heads_per_ngram"],
             row_width=width // n_heads,
-            rows=(s["ngram_vocab_size_base"],) * (s["ngram_size"] - 1),
+            rows=(s["ngram_vocab_size_base"],) * len(orders),
             table_dtype="float32" if table.dtype == torch.float32 else "bfloat16",
             hash="qwen",
             seed=s["seed"],
@@ -147,26 +160,50 @@ class Checkpoint:
                 return root + f"layers.{layer}.ple."
         raise ConfigError(f"{str(self.files.folder)!r} lacks the tensor {key} (also after `model.` and the like)")
 
+    def sizes(self) -> dict[int, tuple[int, ...]]:
+        """Rows of each head, by block, of tables that are there."""
+        found = {
+            f"the table of block {layer}": sum(
+                self.files.stored(name).shape[0] for name in self._tensors_of_table(layer)
+            )
+            for layer in self.config.layers
+        }
+        return sizes_that_fit(self.config, found, repr(str(self.files.folder)))
+
+    def _tensors_of_table(self, layer: int) -> dict[str, int]:
+        """Names of the tensors that hold a table's rows, and their numbers."""
+        embedding = self._prefix(layer) + "ple_embedding.ngram_embedding."
+        if embedding + "weight" in self.files:
+            return {embedding + "weight": 0}
+        pattern = re.compile(re.escape(embedding) + r"shard_(\d+)\.weight")
+        return {name: int(found[1]) for name in self.files if (found := pattern.fullmatch(name))}
+
     def parts(self, layer: int, n_rows: int) -> list[Part]:
         """The parts of a table of `n_rows` rows, filled up, checked for being there and of the right size."""
         multiple = self.settings["make_ngram_vocab_size_divisible_by"]
         padded = -(-n_rows // multiple) * multiple
         embedding = self._prefix(layer) + "ple_embedding.ngram_embedding."
-        numbers = [int(n[1]) for name in self.files if (n := re.fullmatch(embedding + r"shard_(\d+)\.weight", name))]
-        n_parts = self.settings["split_ngram_parts"] or max(numbers, default=0) + 1
-        if embedding + "weight" in self.files:
-            parts = [Part(embedding + "weight", 0, padded)]
-        else:
-            size = -(-padded // n_parts)  # as torch.chunk cuts
-            parts = [
-                Part(f"{embedding}shard_{i}.weight", first, min(size, padded - first))
-                for i, first in enumerate(range(0, padded, size))
-            ]
-        for part in parts:
+        whole = embedding + "weight" in self.files
+        n_parts = 1 if whole else self.settings["split_ngram_parts"]
+        n_parts = n_parts or max(self._tensors_of_table(layer).values(), default=0) + 1
+        size = -(-padded // n_parts)  # as torch.chunk cuts
+        parts = []
+        for i, first in enumerate(range(0, padded, size)):
+            part = Part(embedding + ("weight" if whole else f"shard_{i}.weight"), first, min(size, padded - first))
             self.files.expect(part.name, (part.n_rows, self.config.row_width), getattr(torch, self.config.table_dtype))
+            parts.append(part)
         return parts
 
     def read(self, layer: int) -> Engram:
+        prefix, M, D = self._prefix(layer), self.config.branches, self.config.d_model
+        with errors_name(self.files.folder):
+            # Before memory is asked for.
+            self.parts(layer, sum(self.sizes()[layer]))
+            key = self.files.expect(prefix + "key_proj.weight", (M * D, self.config.d_memory), *_FLOATS)
+            self.files.expect(prefix + "value_proj.weight", (D, self.config.d_memory), key.dtype)
+            return self._read(layer, key.dtype)
+
+    def _read(self, layer: int, dtype: torch.dtype) -> Engram:
         files, prefix = self.files, self._prefix(layer)
         memory = empty_layer(self.config, layer)
         self._check_hash(memory, layer, prefix + "ple_embedding.")
@@ -174,9 +211,7 @@ class Checkpoint:
         for part in self.parts(layer, len(table)):
             files.read_into(part.name, table[part.first : part.first + part.n_rows])
         M, D = self.config.branches, self.config.d_model
-        key = files.expect(prefix + "key_proj.weight", (M * D, self.config.d_memory), *_FLOATS)
-        files.expect(prefix + "value_proj.weight", (D, self.config.d_memory), key.dtype)
-        memory.project.weight = nn.Parameter(torch.empty(memory.project.weight.shape, dtype=key.dtype))
+        memory.project.weight = nn.Parameter(torch.empty(memory.project.weight.shape, dtype=dtype))
         files.read_into(prefix + "key_proj.weight", memory.project.weight[: M * D])
         files.read_into(prefix + "value_proj.weight", memory.project.weight[M * D :])
         for name, norm in self._norms(memory, prefix).items():
