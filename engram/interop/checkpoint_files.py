@@ -123,6 +123,7 @@ class TensorFiles:
 def write_rows(folder: Path, stored: Stored, rows: Tensor, first_row: int = 0) -> None:
     """Put rows, in the type that is stored, in the place of a tensor's own in `folder`'s copy of its file."""
     assert rows.dtype == stored.dtype
+    assert first_row * _row_bytes(stored) + rows.nbytes <= stored.n_bytes
     with (folder / stored.path.name).open("r+b") as file:
         file.seek(stored.entry.start + first_row * _row_bytes(stored))
         file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)

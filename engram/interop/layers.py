@@ -126,7 +126,7 @@ def require_fits(memory: Engram, layer: int, config: MemoryConfig) -> None:
 def copied(source: Path, folder: Path) -> Iterator[Path]:
     """Yields a copy of a checkpoint's folder to change, which takes the name `folder` when the block ends well.
 
-    Raises `ConfigError` naming `folder` if it is `source`, or when the disk refuses.
+    Raises `ConfigError` naming `folder` if it is `source`, or the disk refuses, and `source` if it can't be copied.
     """
     inside = folder.resolve().is_relative_to(source.resolve())
     require(not inside, "folder", str(folder), f"another than the checkpoint's own, {str(source)!r}")
@@ -134,5 +134,9 @@ def copied(source: Path, folder: Path) -> Iterator[Path]:
     with atomic_folder(folder, owned=[path.name for path in paths]) as draft:
         for path in paths:  # contents alone: files of a hub's cache may be read-only
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, draft / path.name)
+            try:
+                copy(path, draft / path.name)
+            except OSError as error:
+                reason = str(error)[:300]
+                raise ConfigError(f"{str(path)!r} can't be copied to {str(folder)!r}: {reason}") from error
         yield draft

@@ -28,7 +28,7 @@ from engram.interop.layers import (
     sizes_that_fit,
     text_settings,
 )
-from engram.memory import Engram
+from engram.memory import Engram, NgramHasher
 
 KIND = "qwen4_exp"
 # What transformers takes for settings that a config.json does not name.
@@ -89,11 +89,13 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
     Names, shapes, parts and types stay those of `source`, to which values are rounded; what is unchanged stays bit for
     bit. The folder appears whole or not at all.
 
-    Raises `ConfigError` naming the setting for a memory that is not of the config that `source` has.
+    Raises `ConfigError` naming the setting for a memory that is not of the config that `source` has, and as
+    `read_memory` for a `source` that it would refuse.
     """
     checkpoint = Checkpoint(source)
     for layer, memory in memories.items():
         require_fits(memory, layer, checkpoint.config)
+        checkpoint.require_tensors(layer)
     with copied(Path(source), Path(folder)) as draft:
         for layer, memory in memories.items():
             checkpoint.write(layer, memory, draft)
@@ -194,19 +196,28 @@ class Checkpoint:
             parts.append(part)
         return parts
 
-    def read(self, layer: int) -> Engram:
-        prefix, M, D = self._prefix(layer), self.config.branches, self.config.d_model
-        with errors_name(self.files.folder):
-            # Before memory is asked for.
+    def require_tensors(self, layer: int) -> None:
+        """Raise `ConfigError` unless a memory's tensors are all there, as the config says."""
+        files, prefix, M, D = self.files, self._prefix(layer), self.config.branches, self.config.d_model
+        with errors_name(files.folder):
             self.parts(layer, sum(self.sizes()[layer]))
-            key = self.files.expect(prefix + "key_proj.weight", (M * D, self.config.d_memory), *_FLOATS)
-            self.files.expect(prefix + "value_proj.weight", (D, self.config.d_memory), key.dtype)
-            return self._read(layer, key.dtype)
+            key = files.expect(prefix + "key_proj.weight", (M * D, self.config.d_memory), *_FLOATS)
+            files.expect(prefix + "value_proj.weight", (D, self.config.d_memory), key.dtype)
+            with_conv = ("norm_conv",) if self.config.conv_kernel else ()
+            for name in ("norm_query", "norm_key", *with_conv):
+                files.expect(f"{prefix}{name}.weight", (M * D,), *_FLOATS)
+            if with_conv:
+                files.expect(prefix + "conv1d.weight", (M * D, 1, self.config.conv_kernel), *_FLOATS)
+            self._require_hash(layer, prefix + "ple_embedding.")
 
-    def _read(self, layer: int, dtype: torch.dtype) -> Engram:
+    def read(self, layer: int) -> Engram:
+        self.require_tensors(layer)
+        with errors_name(self.files.folder):
+            return self._read(layer)
+
+    def _read(self, layer: int) -> Engram:
         files, prefix = self.files, self._prefix(layer)
-        memory = empty_layer(self.config, layer)
-        self._check_hash(memory, layer, prefix + "ple_embedding.")
+        memory, dtype = empty_layer(self.config, layer), files.stored(prefix + "key_proj.weight").dtype
         table = memory.table.weight
         for part in self.parts(layer, len(table)):
             files.read_into(part.name, table[part.first : part.first + part.n_rows])
@@ -215,10 +226,8 @@ class Checkpoint:
         files.read_into(prefix + "key_proj.weight", memory.project.weight[: M * D])
         files.read_into(prefix + "value_proj.weight", memory.project.weight[M * D :])
         for name, norm in self._norms(memory, prefix).items():
-            files.expect(name, (M * D,), *_FLOATS)
             norm.data.copy_(1 + files.read(name).float().view(M, D))
         if memory.fusion.conv_weight is not None:
-            files.expect(prefix + "conv1d.weight", (M * D, 1, self.config.conv_kernel), *_FLOATS)
             taps = files.read(prefix + "conv1d.weight")
             memory.fusion.conv_weight = nn.Parameter(taps.view(M, D, -1).permute(2, 0, 1).contiguous())
         return memory
@@ -251,8 +260,8 @@ class Checkpoint:
         }
         return {f"{prefix}{name}.weight": norm for name, norm in norms.items() if norm is not None}
 
-    def _check_hash(self, memory: Engram, layer: int, prefix: str) -> None:
-        hasher, at = memory.reader.hasher, self.config.layers.index(layer)
+    def _require_hash(self, layer: int, prefix: str) -> None:
+        hasher, at = NgramHasher(self.config, self.config.vocab_size), self.config.layers.index(layer)
         ours = {
             "layer_multipliers": torch.tensor(hasher.multipliers[layer]),
             "ngram_heads_vocab_sizes": hasher.moduli[at],

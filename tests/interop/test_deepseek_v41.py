@@ -243,7 +243,30 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, changed: dict, set
         deepseek_v41.read_memory(spoiled(tmp_path, changed, **settings))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layers.0.engram.q_weight": torch.ones(3, 39)}, r"q_weight: shape is \[3, 39\]: allowed is \[3, 40\]"),
+        ({"layers.0.engram.k_weight": torch.ones(3, 40).half()}, r"k_weight: type is torch\.float16"),
+        ({"layers.0.engram.wkv.scale": torch.ones(5, 11).to(torch.float8_e8m0fnu)}, r"wkv\.scale: shape is \[5, 11\]"),
+        ({"layers.0.engram.embed.weight": torch.ones(240, 64).bfloat16()}, r"embed\.weight: shape is \[240, 64\]"),
+        ({"layers.0.engram.embed.weight": torch.ones(260, 64).bfloat16()}, r"embed\.weight: shape is \[260, 64\]"),
+    ],
+)
+def test_nothing_is_written_into_a_checkpoint_that_would_not_be_read(
+    folder: Path, tmp_path: Path, changed: dict, message: str
+) -> None:
+    """Rows that are written into a tensor of another shape would be written over the tensors behind it."""
+    memories = deepseek_v41.read_memory(folder)
+    with pytest.raises(ConfigError, match=message):
+        deepseek_v41.write_memory(memories, spoiled(tmp_path, changed), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_lookup_of_other_ids_is_refused(folder: Path) -> None:
+    for odd in (torch.empty(0, dtype=torch.int64), torch.arange(-31, 29)):
+        with pytest.raises(ConfigError, match=r"lookup is .*: allowed is canonical ids of 0 or more"):
+            deepseek_v41.read_memory(folder, lookup=odd)
     with pytest.raises(ConfigError, match="canonical ids of lookup is 60: allowed is 29"):
         deepseek_v41.read_memory(folder, lookup=torch.arange(60))
     with pytest.raises(ConfigError, match="layers is 1: allowed is one of the blocks"):

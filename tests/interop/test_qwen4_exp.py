@@ -307,6 +307,37 @@ def test_a_truncated_file_is_refused_by_name(copy: Path) -> None:
         qwen4_exp.read_memory(copy)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"model.layers.1.ple.key_proj.weight": torch.zeros(60, 64)}),
+            r"key_proj\.weight: shape is",
+        ),
+        (lambda t: t.update({"model.layers.2.ple.conv1d.weight": torch.zeros(64, 1, 3)}), r"conv1d\.weight: shape is"),
+        (lambda t: t.update({"model.layers.2.ple.norm_key.weight": torch.zeros(8)}), r"norm_key\.weight: shape is"),
+        (lambda t: t[TABLE.replace("ngram_embedding.", "layer_multipliers")].add_(2), "layer_multipliers is "),
+    ],
+)
+def test_nothing_is_written_into_a_checkpoint_that_would_not_be_read(
+    single: Path, copy: Path, tmp_path_factory: Any, change: Any, message: str
+) -> None:
+    """Values that are written into a tensor of another shape would be written over the tensors behind it."""
+    memories, out = qwen4_exp.read_memory(single), tmp_path_factory.mktemp("out") / "x"
+    spoil(copy, change)
+    with pytest.raises(ConfigError, match=message):
+        qwen4_exp.write_memory(memories, copy, out)
+    assert not out.exists()
+
+
+def test_a_checkpoint_that_cannot_be_copied_is_named(copy: Path, tmp_path_factory: Any) -> None:
+    (copy / "gone").symlink_to(copy / "nowhere")
+    out = tmp_path_factory.mktemp("out") / "x"
+    with pytest.raises(ConfigError, match="gone' can't be copied to"):
+        qwen4_exp.write_memory({}, copy, out)
+    assert list(out.parent.iterdir()) == []
+
+
 def test_memories_of_another_config_are_not_written(single: Path, tmp_path: Path) -> None:
     memories = qwen4_exp.read_memory(single)
     other = Engram(replace(memories[1].config, seed=9), 1)
