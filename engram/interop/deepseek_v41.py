@@ -26,7 +26,6 @@ from engram.interop.layers import (
     empty_layer,
     errors_name,
     orders_up_to,
-    read_config,
     require_fits,
     sizes_that_fit,
     text_settings,
@@ -150,7 +149,7 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
 
 
 def _settings(folder: str | Path) -> dict[str, Any]:
-    return text_settings(folder, read_config(folder), KIND, DEFAULTS)
+    return text_settings(folder, KIND, DEFAULTS)
 
 
 def _config(folder: str | Path, table_dtype: torch.dtype) -> MemoryConfig:

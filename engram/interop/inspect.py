@@ -93,8 +93,8 @@ class Report:
 def inspect(path: str | Path) -> Report:
     """Report on the folder of a model or checkpoint of engram, Qwen4-Exp or DeepSeek-V4.1, reading no weights.
 
-    Raises `ConfigError` naming the folder, file or tensor for anything else, a tensor that is missing, or one of
-    another shape than the config says.
+    Raises `ConfigError` naming the folder, file or tensor for anything else, a header that is damaged, and a table that
+    is missing or of another shape than the config says.
     """
     folder = Path(path)
     require(folder.is_dir(), "path", str(path), "the folder of a model or a checkpoint")
@@ -109,7 +109,7 @@ def _inspected(folder: Path) -> Report:
     config = read_config(folder)
     kind = str(config.get("model_type", "")).removesuffix("_text")
     if kind in _RELEASED:
-        return _released(folder, config, _RELEASED[kind])
+        return _released(folder, kind, _RELEASED[kind])
     require("d_model" in config, f"{str(folder / CONFIG)!r}: model_type", kind or None, _KINDS)
     return _model(folder, read_model_config(folder))
 
@@ -267,10 +267,9 @@ _RELEASED = {
 _KINDS = "qwen4_exp, deepseek_v41, or none in a model of engram, which has a d_model instead"
 
 
-def _released(folder: Path, config: Mapping[str, Any], kind: _Kind) -> Report:
+def _released(folder: Path, model_type: str, kind: _Kind) -> Report:
     files = TensorFiles(folder)
-    model_type = str(config["model_type"]).removesuffix("_text")
-    settings = text_settings(folder, config, model_type, kind.defaults)
+    settings = text_settings(folder, model_type, kind.defaults)
     tables = tuple(kind.tables(folder, files)) if settings[kind.layers] else ()
     n_experts, top_k = settings[kind.n_experts], settings[kind.top_k]
     where = f"{str(folder / CONFIG)!r}: {kind.top_k}"

@@ -34,15 +34,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return data
 
 
-def text_settings(
-    folder: str | Path, config: Mapping[str, Any], kind: str, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+def text_settings(folder: str | Path, kind: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a model's text part, with `defaults` for what is not written down.
 
     Raises `ConfigError` naming the file for a model of another kind than `kind`, or numbers that are none or no whole
     ones.
     """
-    where = repr(str(Path(folder) / CONFIG))
+    where, config = repr(str(Path(folder) / CONFIG)), read_config(folder)
     given = config.get("text_config") or config
     found = config.get("model_type")
     require(found in (kind, f"{kind}_text"), f"{where}: model_type", found, f"{kind} or {kind}_text")

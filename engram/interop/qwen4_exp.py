@@ -23,7 +23,6 @@ from engram.interop.layers import (
     empty_layer,
     errors_name,
     orders_up_to,
-    read_config,
     require_fits,
     sizes_that_fit,
     text_settings,
@@ -106,7 +105,7 @@ class Checkpoint:
     """A folder's config and tensors, and how a layer's tensors lie in ours."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.settings = text_settings(folder, read_config(folder), KIND, DEFAULTS)
+        self.settings = text_settings(folder, KIND, DEFAULTS)
         self.files = TensorFiles(folder)
         self.where = repr(str(Path(folder) / CONFIG))
         blocks = self.settings["ple_layer_ids"] or []
