@@ -98,6 +98,7 @@ class TensorFiles:
         """Fill a contiguous tensor of the type that is stored with as many rows as it has, from `first_row` on."""
         found = self.stored(name)
         assert out.dtype == found.dtype
+        assert first_row * _row_bytes(found) + out.nbytes <= found.n_bytes
         with found.path.open("rb") as file:
             file.seek(found.entry.start + first_row * _row_bytes(found))
             file.readinto(out.detach().view(-1).view(torch.uint8).numpy().data)

@@ -258,6 +258,14 @@ TABLE = "model.layers.2.ple.ple_embedding.ngram_embedding."
             lambda t: t["model.layers.2.ple.ple_embedding.layer_multipliers"].add_(2),
             r"layer_multipliers is \[.*\]: allowed is \[.*\], from config.json",
         ),
+        (
+            lambda t: t.update({"model.layers.1.ple.value_proj.weight": torch.zeros(31, 64)}),
+            r"value_proj\.weight: shape is \[31, 64\]: allowed is \[32, 64\]",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.ple.value_proj.weight": torch.zeros(32, 64).bfloat16()}),
+            r"value_proj\.weight: type is torch\.bfloat16: allowed is torch\.float32",
+        ),
         (lambda t: t.pop("model.layers.1.ple.key_proj.weight"), r"lacks the tensor layers\.1\.ple\.key_proj\.weight"),
     ],
 )
