@@ -273,6 +273,11 @@ def test_a_lookup_of_other_ids_is_refused(folder: Path) -> None:
         deepseek_v41.read_memory(folder, [1])
 
 
+def test_ids_that_the_tokenizer_has_no_token_for_are_padding(folder: Path) -> None:
+    lookup = deepseek_v41.token_lookup(folder)
+    assert lookup.tolist() == canonical_ids() + [canonical_ids()[PAD]] * 3
+
+
 def test_another_models_checkpoint_is_refused(folder: Path) -> None:
     from engram.interop import qwen4_exp
 
