@@ -273,6 +273,35 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, s
     write_checksums(folder, [path])
 
 
+def test_files_of_models_that_were_trained_otherwise_do_not_mix(shards: Path) -> None:
+    files = sorted(shards.glob("*.safetensors"))
+    for seed, path in enumerate(files[:4], start=1):  # in whatever order they are looked at
+        whole = path.read_bytes()
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+        other = ModelConfig.from_dict(merge(MODEL, {"memory.seed": seed}))
+        metadata["engram"] = origin_of(other, LOOKUP, bpe("some text").to_str())
+        save_file(tensors, path, metadata)
+        write_checksums(shards, files)
+        with pytest.raises(ConfigError, match=f"memory.seed is 0: the weights were trained with {seed}"):
+            load_model(shards)
+        path.write_bytes(whole)
+    write_checksums(shards, files)
+    load_model(shards)
+
+
+def test_all_but_tables_is_copied_and_stays_when_the_file_changes(folder: Path) -> None:
+    model = load_model(folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, (start, _) in spans(folder / WEIGHTS).items():
+        if name not in ("header", TABLE):
+            flip(folder / WEIGHTS, start, 0)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(ConfigError, match=r"embed\.weight is damaged"):
+        load_model(folder)
+
+
 def test_another_token_compression_or_tokenizer_is_refused(folder: Path) -> None:
     ours = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(bpe("quite another text").to_str(pretty=True))
