@@ -188,6 +188,23 @@ def test_numbers_do_not_depend_on_the_size_of_a_batch(saved: tuple[Path, EngramL
     assert scores[0][:-1] == pytest.approx([scored(model, tokenizer, *pair) for pair in pairs[:-1]], abs=1e-4)
 
 
+def test_texts_go_on_within_the_models_length_and_to_the_end_of_the_document(
+    saved: tuple[Path, EngramLM, Tokenizer],
+) -> None:
+    folder, _, tokenizer = saved
+    harness = EngramHarness(path=str(folder), batch_size=3, device="cpu")
+    prompts, lengths = [TEXT[:n] for n in (3, 20, 33, 60, 90)], {6: 6, 40: LENGTH // 2}
+    for boost in (1.0, 4.0):  # of the end-of-text token
+        with torch.no_grad():
+            harness.model.head.weight[1] *= boost
+        for asked, given in lengths.items():
+            pairs = [(prompt, {"until": [], "max_gen_toks": asked}) for prompt in prompts]
+            found = harness.generate_until(requests("generate_until", *pairs), disable_tqdm=True)
+            assert found == [continued(harness.model, tokenizer, prompt, given) for prompt in prompts]
+    n_tokens = [len(harness.tok_encode(text)) for text in found]
+    assert min(n_tokens) < LENGTH // 2 - 2  # some ended
+
+
 def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_most_likely(
     saved: tuple[Path, EngramLM, Tokenizer],
 ) -> None:
