@@ -1,0 +1,150 @@
+"""Memory's own past while a transformers model decodes: the last ids and the convolution's window, kept on the cache.
+
+Whatever is done to the cache (beams reordered, rejected tokens cropped, the batch repeated, a deep copy for a shared
+prompt) is done to them, by a subclass of the cache's own class that it is turned into when memory first sees it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import Cache
+
+from engram.config import ConfigError
+from engram.memory import EngramState
+
+
+class Past:
+    """States of all memories of a model after the tokens that a cache holds.
+
+    Args:
+        memories: by layer. Referred to weakly, so that a deep copy of a cache has no tables in it.
+        batch_size: of the cache.
+        slack: how many tokens can be taken back at most. After a call with more tokens than that, all of these can.
+    """
+
+    def __init__(self, memories: nn.ModuleDict, batch_size: int, slack: int) -> None:
+        self.memories = weakref.ref(memories)
+        self.slack = slack
+        self.seen = 0  # tokens
+        self.revocable = slack
+        self.states: dict[str, EngramState] = {name: m.init_state(batch_size, slack) for name, m in memories.items()}
+
+    def before(self, n: int) -> dict[str, EngramState]:
+        """The states that `n` new tokens follow, wide enough to take all of them back."""
+        if 0 < self.seen and self.slack < n:  # the prompt itself is never rejected
+            self._widen(n)
+        return self.states
+
+    def after(self, states: dict[str, EngramState], n: int) -> None:
+        """Move on to the states after `n` new tokens."""
+        self.states = states
+        self.seen += n
+        self.revocable = min(self.slack, self.revocable + n)
+
+    def crop(self, n: int) -> None:
+        """Take back the last `n` tokens of each sequence."""
+        if n > self.revocable:
+            raise ConfigError(
+                f"tokens to take back is {n}: allowed is {self.revocable} or less; "
+                "give `attach` a larger `slack`, or run the shortened text again without this cache"
+            )
+        self.seen -= n
+        self.revocable -= n
+        for name, memory in self._live_memories().items():
+            state = self.states[name]
+            taken = torch.full((len(state.ids.ids),), n, dtype=torch.int64, device=state.ids.ids.device)
+            self.states[name] = memory.rollback(state, taken)
+
+    def reset(self) -> None:
+        """Go back to before the first token."""
+        memories = self._live_memories()
+        self.__init__(memories, len(self.states[next(iter(memories))].ids.ids), self.slack)  # type: ignore[misc]
+
+    def select(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Apply what changes the batch dimension to every tensor."""
+        self.states = tree_map(choose, self.states)
+
+    def _live_memories(self) -> nn.ModuleDict:
+        memories = self.memories()
+        if memories is None:
+            raise ConfigError("a cache is used that was filled with memory attached, and the memory is gone")
+        return memories
+
+    def _widen(self, slack: int) -> None:
+        for name, memory in self._live_memories().items():
+            wider = memory.init_state(len(self.states[name].ids.ids), slack)
+            self.states[name] = tree_map(_put_at_end, wider, self.states[name])
+        self.slack = slack
+
+
+def _put_at_end(wide: Tensor, narrow: Tensor) -> Tensor:
+    return torch.cat([wide[:, : wide.shape[1] - narrow.shape[1]].to(narrow), narrow], 1)
+
+
+class _Followed(Cache):
+    """A cache that memory's states go along with; always the first base beside the cache's own class."""
+
+    engram_past: Past
+
+    def reset(self) -> None:
+        super().reset()
+        self.engram_past.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.engram_past.select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.engram_past.crop(abs(tokens_to_remove))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.engram_past.select(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.engram_past.select(lambda x: x[indices.to(x.device)])
+
+
+@functools.cache
+def _followed(kind: type[Cache]) -> type[Cache]:
+    return type(kind.__name__, (_Followed, kind), {})
+
+
+def past_of(cache: Any, memories: nn.ModuleDict) -> Past | None:
+    """What these memories keep on a cache; None if the cache is new to them.
+
+    Raises `ConfigError` for a cache that is no transformers `Cache`, and for one that holds other tokens than the
+    memories have seen: they would read N-grams of a text that is not there.
+    """
+    if not isinstance(cache, Cache):
+        raise ConfigError(f"cache is a {type(cache).__name__}: allowed is a transformers Cache")
+    past = getattr(cache, "engram_past", None)
+    if past is not None and past.memories() is not memories:
+        past = None
+    seen = 0 if past is None else past.seen
+    held = cache.get_seq_length()
+    # Of a static cache it is a tensor, whose value a compiled graph doesn't know.
+    if not (torch.compiler.is_compiling() and isinstance(held, Tensor)) and int(held) != seen:
+        raise ConfigError(f"cache holds {int(held)} tokens, and the memory has seen {seen} of them: fill it with memory attached")
+    return past
+
+
+def keep_on(cache: Cache, past: Past) -> None:
+    """Let a cache carry memory's past from now on."""
+    if not isinstance(cache, _Followed):
+        _turn(cache)
+    cache.engram_past = past  # type: ignore[attr-defined]
+
+
+@torch.compiler.disable
+def _turn(cache: Cache) -> None:
+    cache.__class__ = _followed(type(cache))
