@@ -16,9 +16,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from engram.config import ConfigError, MemoryConfig, require
+from engram.interop.adapter import Saved, read_adapter, write_adapter
 from engram.interop.decoding import Past, keep_on, past_of
 from engram.interop.host import Host, Identity, find_tokenizer
 from engram.memory import Engram, EngramState, TokenCompressor
@@ -65,19 +66,22 @@ class Attachment(nn.Module):
         self._handles: list[Any] = []
         self._arguments = tuple(inspect.signature(host.decoder.forward).parameters)
         with torch.no_grad():
-            for layer in self._layers():
+            for layer in self._layers().values():
                 _make_silent(layer)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> PreTrainedModel:
         """The transformers model that the memory is attached to."""
         return self._host[0].model
 
     def save(self, folder: str | Path) -> Path:
         """Write the memory alone to a folder, from which `load_adapter` attaches it again; other files there stay."""
-        from engram.interop.adapter import save_adapter
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        return write_adapter(Path(folder), self.config, self.identity, tensors)
 
-        return save_adapter(self, Path(folder))
+    def restore(self, folder: str | Path) -> None:
+        """Take weights that `save` wrote of a memory like this one. Raises `ConfigError` as `load_adapter`."""
+        self._take(read_adapter(Path(folder)), Path(folder))
 
     def remove(self) -> None:
         """Leave the model as it was: no hooks, no memory, and `requires_grad` of its parameters as before."""
@@ -87,7 +91,7 @@ class Attachment(nn.Module):
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._handles, self._frozen = [], []
-        del host.model._modules[_NAME]
+        delattr(host.model, _NAME)
         host.model._keys_to_ignore_on_save = self._kept_from_saving
 
     def requires_grad_(self, requires_grad: bool = True) -> Attachment:
@@ -95,17 +99,28 @@ class Attachment(nn.Module):
         call this after it."""
         super().requires_grad_(requires_grad)
         if self.config.kind == "frozen_random":
-            for layer in self._layers():
+            for layer in self._layers().values():
                 layer.table.weight.requires_grad_(False)
         return self
 
-    def _layers(self) -> list[Engram]:
-        return [cast(Engram, layer) for layer in self.memory.values()]
+    def _layers(self) -> dict[str, Engram]:
+        return cast(dict[str, Engram], self.memory)
+
+    def _take(self, saved: Saved, folder: Path) -> None:
+        self.identity.require_same(saved.base_model)
+        for name, own in dataclasses.asdict(self.config).items():
+            its = getattr(saved.config, name)
+            require(own == its, f"memory.{name}", own, f"{its!r}, as saved in {str(folder)!r}")
+        try:
+            self.load_state_dict(saved.tensors)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"weights in {str(folder)!r} do not fit their settings: {reason}") from error
 
     def _enter(self, freeze_backbone: bool) -> None:
         """Put the memory into the model."""
         host = self._host[0]
-        for name, layer in self.memory.items():
+        for name, layer in self._layers().items():
             layer.to(next(host.blocks[int(name)].parameters()).device)
         if freeze_backbone:
             adapters = _parameters_of_adapters(host.model)
@@ -145,10 +160,10 @@ class Attachment(nn.Module):
         padding_mask = _padding_mask(given.get("attention_mask"), ids, 0 if call.past is None else call.past.seen)
         documents = _documents(given, ids) if padding_mask is None and cache is None else None
         call.before = {} if call.past is None else call.past.before(call.n_tokens)
-        for name, layer in self.memory.items():
+        for name, layer in self._layers().items():
             device = layer.project.weight.device
-            at = [None if x is None else x.to(device) for x in (ids, documents, padding_mask)]
-            call.readings[name] = layer.look_up(*at, call.before.get(name))
+            own_documents, own_mask = (None if x is None else x.to(device) for x in (documents, padding_mask))
+            call.readings[name] = layer.look_up(ids.to(device), own_documents, own_mask, call.before.get(name))
 
     def _add(
         self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,9 +175,9 @@ class Attachment(nn.Module):
             )
         call = self._calls[-1]
         hidden = args[0] if args else kwargs["hidden_states"]
-        layer = self.memory[name]
+        layer = self._layers()[name]
         added = layer.add_to(hidden.to(layer.project.weight.device), call.readings[name], call.before.get(name))
-        call.gates[int(name)] = added.gates.detach().squeeze(-1)
+        call.gates[int(name)] = cast(Tensor, added.gates).detach().squeeze(-1)
         if call.past is not None:
             call.after[name] = added.state
         if args:
@@ -183,7 +198,7 @@ class Attachment(nn.Module):
     def _will_make_cache(self, given: dict[str, Any]) -> bool:
         """Whether the decoder makes a cache of its own that someone may go on from."""
         wanted = given.get("use_cache")
-        wanted = self.model.config.get_text_config().use_cache if wanted is None else wanted
+        wanted = getattr(self.model.config.get_text_config(), "use_cache", False) if wanted is None else wanted
         return bool(wanted) and not self.model.training and not torch.compiler.is_compiling()
 
 
@@ -219,12 +234,12 @@ def attach(
     name = type(host.model).__name__
     require(not hasattr(host.model, _NAME), "model", name, f"one without an attribute {_NAME!r}: memory is attached")
     require(slack >= 0, "slack", slack, "0 or more")
-    sizes = {"d_model": host.hidden_size, "vocab_size": host.vocab_size, "branches": 1}
+    n, sizes = len(host.blocks), {"d_model": host.hidden_size, "vocab_size": host.vocab_size, "branches": 1}
     for setting, size in sizes.items():
         own = getattr(memory, setting)
         require(own in (0, size), f"memory.{setting}", own, f"{size}, as of {name}, or 0 to take it")
-    config = dataclasses.replace(memory, layers=tuple(memory.layers if layers is None else layers), **sizes)
-    n = len(host.blocks)
+    chosen: dict[str, Any] = {**sizes, "layers": tuple(memory.layers if layers is None else layers)}
+    config = dataclasses.replace(memory, **chosen)
     require(config.layers[-1] < n, "layers", config.layers, f"block indices below {n}, the blocks of {name}")
     compressor = None
     if config.compress:
@@ -232,6 +247,32 @@ def attach(
         compressor = TokenCompressor.from_tokenizer(tokenizer, host.vocab_size)
     attachment = Attachment(host, config, tokenizer, compressor, slack)
     attachment._enter(freeze_backbone)
+    return attachment
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    freeze_backbone: bool = True,
+    *,
+    tokenizer: Any | None = None,
+    slack: int = 32,
+) -> Attachment:
+    """Attach the memory that `Attachment.save` wrote; the other arguments are those of `attach`.
+
+    Raises `ConfigError` for a folder that can't be read or was changed, and for a model or tokenizer other than those
+    that the memory was trained with.
+    """
+    saved = read_adapter(Path(folder))
+    # Asked first: sizes of another model would be refused in words about the memory.
+    Identity.of(Host.of(model), None, None).require_same({**saved.base_model, "tokenizer": "", "compression": ""})
+    with torch.random.fork_rng(devices=[]):  # weights are overwritten: the caller's random state stays as it was
+        attachment = attach(model, None, saved.config, freeze_backbone, tokenizer=tokenizer, slack=slack)
+    try:
+        attachment._take(saved, Path(folder))
+    except ConfigError:
+        attachment.remove()
+        raise
     return attachment
 
 
@@ -259,19 +300,21 @@ def _cache_among(given: Any) -> Any:
 def _padding_mask(mask: Any, ids: Tensor, past: int) -> Tensor | None:
     """True at real tokens, `[B, T]`, from a mask of past and new tokens `[B, past + T]` or one that says which token
     sees which, `[B, 1, T, positions]`: a token that does not see itself is padding."""
-    if isinstance(mask, dict):  # by the kind of a block's attention
-        mask = mask.get("full_attention")
-    T = ids.shape[1]
+    B, T = ids.shape
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ConfigError(f"attention_mask is {shown}: allowed for attached memory is a tensor of 2 or 4 dimensions")
-    if mask.ndim == 2:
-        return mask[:, -T:].bool()
-    itself = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)[:, :T]
-    real = itself if itself.dtype == torch.bool else itself == 0
-    return real.expand(len(ids), -1)
+    if isinstance(mask, dict):  # by the kind of a block's attention
+        mask = mask.get("full_attention")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, past : past + T].bool() if mask.shape[1] >= past + T else mask[:, -T:].bool()
+    if isinstance(mask, Tensor) and mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
+        itself = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)
+        return (itself if itself.dtype == torch.bool else itself == 0).expand(B, -1)
+    shown = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise ConfigError(
+        f"attention_mask is {shown}: allowed with memory attached is [B, past + T], or [B, 1, T, positions] of bool or "
+        "float for full attention"
+    )
 
 
 def _documents(given: dict[str, Any], ids: Tensor) -> Tensor | None:

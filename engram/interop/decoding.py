@@ -6,10 +6,9 @@ prompt) is done to them, by a subclass of the cache's own class that it is turne
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_map
 from transformers import Cache
 
 from engram.config import ConfigError
-from engram.memory import EngramState
+from engram.memory import Engram, EngramState
 
 
 class Past:
@@ -34,11 +33,11 @@ class Past:
         self.slack = slack
         self.seen = 0  # tokens
         self.revocable = slack
-        self.states: dict[str, EngramState] = {name: m.init_state(batch_size, slack) for name, m in memories.items()}
+        self.states = {name: memory.init_state(batch_size, slack) for name, memory in self._live_memories().items()}
 
     def before(self, n: int) -> dict[str, EngramState]:
         """The states that `n` new tokens follow, wide enough to take all of them back."""
-        if 0 < self.seen and self.slack < n:  # the prompt itself is never rejected
+        if self.seen and self.slack < n:  # the prompt itself is never rejected
             self._widen(n)
         return self.states
 
@@ -64,18 +63,19 @@ class Past:
 
     def reset(self) -> None:
         """Go back to before the first token."""
-        memories = self._live_memories()
-        self.__init__(memories, len(self.states[next(iter(memories))].ids.ids), self.slack)  # type: ignore[misc]
+        for name, memory in self._live_memories().items():
+            self.states[name] = memory.init_state(len(self.states[name].ids.ids), self.slack)
+        self.seen, self.revocable = 0, self.slack
 
     def select(self, choose: Callable[[Tensor], Tensor]) -> None:
         """Apply what changes the batch dimension to every tensor."""
         self.states = tree_map(choose, self.states)
 
-    def _live_memories(self) -> nn.ModuleDict:
+    def _live_memories(self) -> dict[str, Engram]:
         memories = self.memories()
         if memories is None:
             raise ConfigError("a cache is used that was filled with memory attached, and the memory is gone")
-        return memories
+        return cast(dict[str, Engram], memories)
 
     def _widen(self, slack: int) -> None:
         for name, memory in self._live_memories().items():
@@ -97,7 +97,7 @@ class _Followed(Cache):
         super().reset()
         self.engram_past.reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self.engram_past.select(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
@@ -114,9 +114,7 @@ class _Followed(Cache):
         self.engram_past.select(lambda x: x[indices.to(x.device)])
 
 
-@functools.cache
-def _followed(kind: type[Cache]) -> type[Cache]:
-    return type(kind.__name__, (_Followed, kind), {})
+_KINDS: dict[type, type] = {}  # of a class of caches, the one that memory's past goes along with
 
 
 def past_of(cache: Any, memories: nn.ModuleDict) -> Past | None:
@@ -134,7 +132,9 @@ def past_of(cache: Any, memories: nn.ModuleDict) -> Past | None:
     held = cache.get_seq_length()
     # Of a static cache it is a tensor, whose value a compiled graph doesn't know.
     if not (torch.compiler.is_compiling() and isinstance(held, Tensor)) and int(held) != seen:
-        raise ConfigError(f"cache holds {int(held)} tokens, and the memory has seen {seen} of them: fill it with memory attached")
+        raise ConfigError(
+            f"cache holds {int(held)} tokens, and the memory has seen {seen} of them: fill it with memory attached"
+        )
     return past
 
 
@@ -147,4 +147,7 @@ def keep_on(cache: Cache, past: Past) -> None:
 
 @torch.compiler.disable
 def _turn(cache: Cache) -> None:
-    cache.__class__ = _followed(type(cache))
+    own = type(cache)
+    if own not in _KINDS:
+        _KINDS[own] = type(own.__name__, (_Followed, own), {})
+    cache.__class__ = _KINDS[own]

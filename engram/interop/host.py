@@ -34,7 +34,7 @@ class Host:
     @classmethod
     def of(cls, model: nn.Module) -> Host:
         """Raises `ConfigError` for what is no decoder-only transformers model, or one whose blocks can't be told."""
-        inner = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel
+        inner: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel
         require(isinstance(inner, PreTrainedModel), "model", type(inner).__name__, "a transformers PreTrainedModel")
         require(
             not inner.config.is_encoder_decoder, "model", type(inner).__name__, "a decoder-only model, without encoder"
@@ -59,7 +59,7 @@ def find_tokenizer(model: PreTrainedModel, tokenizer: Any | None) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the library raises whatever its many loaders raise
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"tokenizer is None, and {name!r} holds none that can be read: give {way_out}; {reason}") from error
+        raise ConfigError(f"tokenizer is None, and {name!r} holds none: give {way_out}; {reason}") from error
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -7,14 +7,13 @@ Tables are moved by `RowAdam` at five times the learning rate and without weight
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from engram.config import require
-from engram.interop.adapter import restore
 from engram.interop.attach import Attachment
 from engram.memory import MemoryTable
 from engram.training.optim import RowAdam, Together, clip_gradients
@@ -39,7 +38,9 @@ def build_optimizer(
     tables = [m.weight for m in model.modules() if isinstance(m, MemoryTable) and m.weight.requires_grad]
     held = set(tables)
     rest = [p for p in model.parameters() if p.requires_grad and p not in held]
-    require(bool(tables or rest), "trainable parameters", 0, "some: `attachment.requires_grad_()` makes the memory's so")
+    require(
+        bool(tables or rest), "trainable parameters", 0, "some: `attachment.requires_grad_()` makes the memory's so"
+    )
     optimizers: list[torch.optim.Optimizer] = []
     if rest:
         groups = [
@@ -69,7 +70,7 @@ class MemoryTrainer(Trainer):
     def __init__(self, *args: Any, table_lr_factor: float = 5.0, **kwargs: Any) -> None:
         self.table_lr_factor = table_lr_factor
         super().__init__(*args, **kwargs)
-        attached = [module for module in self.model.modules() if isinstance(module, Attachment)]
+        attached = [module for module in self._own_model().modules() if isinstance(module, Attachment)]
         require(len(attached) == 1, "memories attached to the model", len(attached), "one, by `engram.interop.attach`")
         require(self.args.world_size == 1, "processes", self.args.world_size, "one, for attached memory")
         self.attachment = attached[0]
@@ -78,16 +79,19 @@ class MemoryTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         self.accelerator.clip_grad_norm_ = self._clip  # torch's own knows no norm of row-sparse gradients
 
+    def _own_model(self) -> nn.Module:
+        return cast(nn.Module, self.model)
+
     def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
         self.accelerator.unscale_gradients()
-        return clip_gradients(self.model, 0.0 if max_norm == float("inf") else max_norm)
+        return clip_gradients(self._own_model(), 0.0 if max_norm == float("inf") else max_norm)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`build_optimizer` with the settings of the training arguments, unless an optimiser was given."""
         if self.optimizer is None:
             args = self.args
             self.optimizer = build_optimizer(
-                self.model,
+                self._own_model(),
                 args.learning_rate,
                 table_lr_factor=self.table_lr_factor,
                 weight_decay=args.weight_decay,
@@ -100,12 +104,12 @@ class MemoryTrainer(Trainer):
         """Write the model as the Trainer does, and the memory beside it."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.attachment.save(Path(output_dir or self.args.output_dir) / FOLDER)
+            self.attachment.save(Path(str(output_dir or self.args.output_dir)) / FOLDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        restore(self.attachment, Path(resume_from_checkpoint) / FOLDER)
+        self.attachment.restore(Path(resume_from_checkpoint) / FOLDER)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        restore(self.attachment, Path(self.state.best_model_checkpoint) / FOLDER)
+        self.attachment.restore(Path(str(self.state.best_model_checkpoint)) / FOLDER)
