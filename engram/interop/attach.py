@@ -277,9 +277,16 @@ def load_adapter(
 
 
 def _make_silent(layer: Engram) -> None:
-    """Zero the value path, so that the layer's output is zero; the gradient of that path's weight is not."""
-    D = layer.config.d_model
-    layer.project.weight[-D:].zero_()
+    """Make a layer's output zero in such a way that gradients flow.
+
+    Rows of zeros, and biases that are zero already, make values of zeros. A row that no text has trained then never
+    says anything, and held-out loss fell faster than from a zeroed value map (docs/attach.md). That map is what is left
+    to zero where rows don't learn.
+    """
+    if layer.config.kind != "frozen_random":
+        layer.table.weight.zero_()
+    else:
+        layer.project.weight[-layer.config.d_model :].zero_()
 
 
 def _parameters_of_adapters(model: nn.Module) -> set[nn.Parameter]:

@@ -48,7 +48,7 @@ def test_a_model_answers_bit_for_bit_as_before_until_its_memory_learns(name: str
     assert attachment.config.d_model == D
     assert attachment.config.vocab_size == V
     with torch.no_grad():
-        attachment.memory["2"].project.weight.normal_()
+        attachment.memory["2"].table.weight.normal_()
     assert not torch.allclose(logits(model, ids), before)
 
 
@@ -71,8 +71,10 @@ def test_a_model_in_bfloat16_keeps_its_type_and_memory_in_float32() -> None:
     attachment = attach(model, LAYERS, MEMORY)
     assert torch.equal(logits(model, ids), before)
     assert {parameter.dtype for parameter in attachment.parameters()} == {torch.float32}
-    torch.nn.init.normal_(attachment.memory["0"].project.weight)
-    assert logits(model, ids).dtype == torch.bfloat16
+    torch.nn.init.normal_(attachment.memory["0"].table.weight)
+    after = logits(model, ids)
+    assert after.dtype == torch.bfloat16
+    assert not torch.equal(after, before)
 
 
 def test_a_headless_model_takes_memory_too() -> None:
@@ -177,7 +179,11 @@ def test_save_pretrained_writes_the_model_without_its_memory(tmp_path: Path) -> 
 
 
 def test_rows_that_never_learn_stay_frozen_when_all_is_to_learn() -> None:
-    attachment = attach(host(), LAYERS, dataclasses.replace(MEMORY, kind="frozen_random"))
+    model, ids = host(), some_ids(2, 9)
+    before = logits(model, ids)
+    attachment = attach(model, LAYERS, dataclasses.replace(MEMORY, kind="frozen_random"))
+    assert torch.equal(logits(model, ids), before)
+    assert attachment.memory["0"].table.weight.std() > 0  # they are what there is to read
     learns = {name for name, p in attachment.requires_grad_().named_parameters() if p.requires_grad}
     assert learns == {name for name, _ in attachment.named_parameters() if "table" not in name}
 
