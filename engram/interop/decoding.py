@@ -25,20 +25,22 @@ class Past:
     Args:
         memories: by layer. Referred to weakly, so that a deep copy of a cache has no tables in it.
         batch_size: of the cache.
-        slack: how many tokens can be taken back at most. After a call with more tokens than that, all of these can.
+        slack: how many tokens can be taken back at most; the last call's tokens always can, but for a cache's first.
     """
 
     def __init__(self, memories: nn.ModuleDict, batch_size: int, slack: int) -> None:
         self.memories = weakref.ref(memories)
-        self.slack = slack
+        self.least_slack = self.slack = slack
         self.seen = 0  # tokens
         self.revocable = slack
         self.states = {name: memory.init_state(batch_size, slack) for name, memory in self._live_memories().items()}
 
     def before(self, n: int) -> dict[str, EngramState]:
         """The states that `n` new tokens follow, wide enough to take all of them back."""
-        if self.seen and self.slack < n:  # the prompt itself is never rejected
-            self._widen(n)
+        # A first call is a prompt, long and never taken back.
+        slack = max(self.least_slack, n) if self.seen else self.least_slack
+        if slack != self.slack:
+            self._resize(slack)
         return self.states
 
     def after(self, states: dict[str, EngramState], n: int) -> None:
@@ -49,6 +51,8 @@ class Past:
 
     def crop(self, n: int) -> None:
         """Take back the last `n` tokens of each sequence."""
+        if n == 0:
+            return
         if n > self.revocable:
             raise ConfigError(
                 f"tokens to take back is {n}: allowed is {self.revocable} or less; "
@@ -77,15 +81,17 @@ class Past:
             raise ConfigError("a cache is used that was filled with memory attached, and the memory is gone")
         return cast(dict[str, Engram], memories)
 
-    def _widen(self, slack: int) -> None:
+    def _resize(self, slack: int) -> None:
         for name, memory in self._live_memories().items():
-            wider = memory.init_state(len(self.states[name].ids.ids), slack)
-            self.states[name] = tree_map(_put_at_end, wider, self.states[name])
-        self.slack = slack
+            empty = memory.init_state(len(self.states[name].ids.ids), slack)
+            self.states[name] = tree_map(_put_at_end, empty, self.states[name])
+        self.slack, self.revocable = slack, min(slack, self.revocable)
 
 
-def _put_at_end(wide: Tensor, narrow: Tensor) -> Tensor:
-    return torch.cat([wide[:, : wide.shape[1] - narrow.shape[1]].to(narrow), narrow], 1)
+def _put_at_end(empty: Tensor, kept: Tensor) -> Tensor:
+    """The last positions of `kept`, as many as `empty` has; before them, if there are too few, those of `empty`."""
+    n = empty.shape[1] - kept.shape[1]
+    return torch.cat([empty[:, :n].to(kept), kept], 1) if n > 0 else kept[:, -n:].clone()
 
 
 class _Followed(Cache):
