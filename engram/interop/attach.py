@@ -64,6 +64,7 @@ class Attachment(nn.Module):
         self._calls: list[_Call] = []  # a stack, for a forward pass inside another
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
+        self._kept_from_saving: Any = None
         self._arguments = tuple(inspect.signature(host.decoder.forward).parameters)
         with torch.no_grad():
             for layer in self._layers().values():
@@ -180,9 +181,10 @@ class Attachment(nn.Module):
         call.gates[int(name)] = cast(Tensor, added.gates).detach().squeeze(-1)
         if call.past is not None:
             call.after[name] = added.state
+        following = added.hidden.to(hidden.device)
         if args:
-            return (added.hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": added.hidden}
+            return (following, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": following}
 
     def _end(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the decoder, also one that failed: keep what decoding needs on the cache."""
