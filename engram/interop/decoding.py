@@ -51,8 +51,6 @@ class Past:
 
     def crop(self, n: int) -> None:
         """Take back the last `n` tokens of each sequence."""
-        if n == 0:
-            return
         if n > self.revocable:
             raise ConfigError(
                 f"tokens to take back is {n}: allowed is {self.revocable} or less; "
@@ -108,8 +106,9 @@ class _Followed(Cache):
         self.engram_past.select(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove < 0:  # as transformers counts them
+            self.engram_past.crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
-        self.engram_past.crop(abs(tokens_to_remove))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

@@ -54,7 +54,7 @@ def build_optimizer(
 
 
 class MemoryTrainer(Trainer):
-    """A `Trainer` for a model with memory attached, in one process; its arguments mean what they do there.
+    """A `Trainer` for a model with memory attached, on one device; its arguments mean what they do there.
 
     A checkpoint holds what the Trainer writes of the model (without the memory) and the memory in its folder `engram`,
     from which `load_adapter` attaches it, and resuming goes on. Mixed with another trainer it comes first:
@@ -64,7 +64,7 @@ class MemoryTrainer(Trainer):
         table_lr_factor: learning rate of tables over that of the rest.
 
     Raises:
-        ConfigError: a model without memory, or more than one process, whose row-sparse gradients would not be summed.
+        ConfigError: a model without memory, or more than one device, whose row-sparse gradients would not be summed.
     """
 
     def __init__(self, *args: Any, table_lr_factor: float = 5.0, **kwargs: Any) -> None:
@@ -72,7 +72,8 @@ class MemoryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         attached = [module for module in self._own_model().modules() if isinstance(module, Attachment)]
         require(len(attached) == 1, "memories attached to the model", len(attached), "one, by `engram.interop.attach`")
-        require(self.args.world_size == 1, "processes", self.args.world_size, "one, for attached memory")
+        devices = self.args.world_size * max(self.args.n_gpu, 1)  # several in one process: DataParallel copies modules
+        require(devices == 1, "devices to train on", devices, "one, for attached memory")
         self.attachment = attached[0]
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ HOSTS: dict[str, Callable[[], PreTrainedModel]] = {
         GPT2Config(vocab_size=V, n_embd=D, n_layer=BLOCKS, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     ),
 }
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 LAYERS = (0, 2)
 MEMORY = MemoryConfig(n_heads=2, row_width=8, rows=(150, 200), compress=False)
 

@@ -154,6 +154,14 @@ def test_a_trainer_without_memory_is_refused(tmp_path: Path) -> None:
         MemoryTrainer(model=host(), args=settings(tmp_path), train_dataset=text())
 
 
+def test_training_on_more_than_one_device_is_refused(tmp_path: Path) -> None:
+    model, args = host(), settings(tmp_path)
+    attached(model)
+    args._n_gpu = 2
+    with pytest.raises(ConfigError, match="devices to train on is 2: allowed is one"):
+        MemoryTrainer(model=model, args=args, train_dataset=text())
+
+
 def test_an_optimizer_without_anything_to_move_is_refused() -> None:
     model = host()
     attached(model).requires_grad_(False)
