@@ -1,10 +1,13 @@
-"""The `engram` command: `engram sweep plan|run|status|report PLAN.yaml`, `engram consolidate CHECKPOINT FOLDER`."""
+"""The `engram` command: `engram sweep plan|run|status|report PLAN.yaml`, `engram consolidate CHECKPOINT FOLDER`,
+`engram verify FOLDER`, `engram generate MODEL PROMPT`, `engram inspect PATH`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,8 @@ _SLURM_OPTIONS: dict[str, tuple[Any, str]] = {
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. A bad setting ends in one line on stderr and code 2."""
     parsed = _parser().parse_args(args)
+    # What torch says of a checkpoint that one process reads.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
         return int(parsed.run(parsed))
     except ConfigError as error:
@@ -68,7 +73,44 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as RUN/checkpoints/step-00001000")
     action.add_argument("folder", type=Path, help="where to write the model")
     action.set_defaults(run=_consolidate)
+    action = commands.add_parser("verify", help="compare all weights of a model's folder with their checksums")
+    action.add_argument("folder", type=Path, help="of a trained model, such as RUN/model")
+    action.set_defaults(run=_verify)
+    _add_generate(commands.add_parser("generate", help="continue a text with a trained model"))
+    action = commands.add_parser(
+        "inspect", help="print what a checkpoint holds, without loading it: tables, and where its parameters are"
+    )
+    action.add_argument("path", type=Path, help="a folder of engram's, of Qwen4-Exp or of DeepSeek-V4.1")
+    action.add_argument("--json", action="store_true", help="for programs")
+    action.set_defaults(run=_inspect)
     return parser
+
+
+def _add_generate(action: argparse.ArgumentParser) -> None:
+    action.add_argument("model", type=Path, help="a model's folder, a run's, or a checkpoint's")
+    action.add_argument("prompt", nargs="+", help="text to continue, - for standard input; several are done together")
+    action.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most so many (200)")
+    action.add_argument(
+        "--temperature", type=float, default=1.0, help="1: the model's own distribution; 0: the likeliest"
+    )
+    action.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
+    action.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
+    action.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="draw from those with P of the likeliest's"
+    )
+    action.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer repetitions")
+    action.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    action.add_argument("--seed", type=int, help="of the draws")
+    action.add_argument("--tokenizer", help="where the model's folder has none: a tokenizer.json, a folder, a hub id")
+    action.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (cpu)")
+    places = ("device", "host", "disk")
+    action.add_argument("--tables", choices=places, default="device", help="where memory tables are kept (device)")
+    action.add_argument("--cache-rows", type=int, default=0, metavar="N", help="rows of each to keep on the device")
+    action.add_argument("--rows", choices=("float", "int8", "fp8"), default="float", help="quantize memory rows")
+    action.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    action.add_argument("--compile", action="store_true", help="compile the step: for long texts")
+    action.add_argument("--no-echo", action="store_true", help="print what is new alone, without the prompt")
+    action.set_defaults(run=_generate)
 
 
 def _add_executor(action: argparse.ArgumentParser) -> None:
@@ -89,6 +131,73 @@ def _consolidate(args: argparse.Namespace) -> int:
 
     require(args.checkpoint.is_dir(), "checkpoint", str(args.checkpoint), "the folder of a checkpoint")
     print(save_checkpoints_model(args.checkpoint, args.folder))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from engram.training.weights import verify_model
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True) as progress:
+        n_bytes = sum(path.stat().st_size for path in args.folder.glob("*.safetensors"))
+        task = progress.add_task("verifying", total=n_bytes)
+        damaged = verify_model(args.folder, lambda n: progress.advance(task, n))
+    print("\n".join(damaged) or f"undamaged: {args.folder}")
+    return 1 if damaged else 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import time
+
+    import torch
+
+    from engram.inference import Sampling
+    from engram.inference.opening import open_model
+    from engram.inference.text import TextGenerator
+    from engram.training.tokenizer import load_tokenizer
+
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    model, tokenizer = open_model(args.model, args.tables, cache_rows=args.cache_rows, rows=args.rows)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tokenizer
+    if tokenizer is None:
+        raise ConfigError(f"{str(args.model)!r} holds no tokenizer: name one with --tokenizer")
+    try:
+        model.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+        raise ConfigError(f"device is {args.device!r}: {str(error).splitlines()[0]}") from error
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    writer = TextGenerator(model, tokenizer)
+    started, texts = time.perf_counter(), [[] if args.no_echo else [prompt] for prompt in prompts]
+    streaming = len(prompts) == 1
+    if streaming:
+        print("".join(texts[0]), end="", flush=True)
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+        for parts in writer.stream(
+            prompts, args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed, compiled=args.compile
+        ):
+            for text, part in zip(texts, parts, strict=True):
+                text.append(part)
+            if streaming:
+                print(parts[0], end="", flush=True)
+    print("" if streaming else "\n\n".join("".join(text) for text in texts))
+    seconds = time.perf_counter() - started
+    print(f"{writer.n_new} tokens in {seconds:.1f} s, {writer.n_new / seconds:.0f} a second", file=sys.stderr)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from engram.interop.inspect import inspect
+
+    report = inspect(args.path)
+    print(json.dumps(report.to_dict(), indent=1) if args.json else report.text())
     return 0
 
 

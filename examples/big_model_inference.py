@@ -11,14 +11,14 @@ folder and reads the whole of a table into memory for each forward pass, which f
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors import safe_open
 
-from engram import EngramLM, MemoryTable, ModelConfig
+from engram import EngramLM, MemoryTable
+from engram.training.weights import read_config
 
 
 def empty_model(folder: Path) -> EngramLM:
@@ -26,7 +26,7 @@ def empty_model(folder: Path) -> EngramLM:
 
     What hashing needs is there at once: its numbers come from the config, the token compression from the file.
     """
-    config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = read_config(folder)
     with safe_open(folder / "model.safetensors", "pt") as file:
         lookup = file.get_tensor("token_lookup") if "token_lookup" in file.keys() else None  # noqa: SIM118
     with init_empty_weights():

@@ -1,6 +1,7 @@
 """Everything a language model needs that is not memory or experts."""
 
+from engram.backbone.decoding import DecodingState
 from engram.backbone.loss import mean_loss, token_losses
 from engram.backbone.model import EngramLM, ModelOutput
 
-__all__ = ["EngramLM", "ModelOutput", "mean_loss", "token_losses"]
+__all__ = ["DecodingState", "EngramLM", "ModelOutput", "mean_loss", "token_losses"]

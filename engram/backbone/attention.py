@@ -6,43 +6,15 @@ positions alone, angles and mask, is made once per forward pass and shared by al
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from engram.backbone.norm import RMSNorm
-from engram.backbone.rope import rotations
+from engram.backbone.positions import BlockCache, Places, Positions
 from engram.config import GQAConfig, MLAConfig
 from engram.kernels import attention, has_attention, norm_rotate
-
-
-class Positions(NamedTuple):
-    """Rotation angles `[T, dim / 2]`, and what each position may see: all from `starts` `[B, T]` up to itself, and the
-    same as a mask `[B, 1, T, T]` where a mask is needed (None: all earlier positions of the row)."""
-
-    cos: Tensor
-    sin: Tensor
-    starts: Tensor | None
-    mask: Tensor | None
-
-
-def positions_of(token_ids: Tensor, document_ids: Tensor | None, config: GQAConfig | MLAConfig) -> Positions:
-    """Angles and mask for ids `[B, T]`: a token sees its own document's tokens up to itself."""
-    T, device = token_ids.shape[1], token_ids.device
-    dim = config.head_dim if isinstance(config, GQAConfig) else config.qk_rope_head_dim
-    cos, sin = rotations(T, dim, config.rope_theta, device)
-    if document_ids is None:
-        return Positions(cos, sin, None, None)
-    if has_attention(device.type):
-        changes = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-        starts = torch.where(changes, torch.arange(T, device=device), 0).cummax(1).values
-        return Positions(cos, sin, starts, None)
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    return Positions(cos, sin, None, (same & causal).unsqueeze(1))
 
 
 class GroupedQueryAttention(nn.Module):
@@ -65,13 +37,23 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """`[B, T, d]` -> `[B, T, d]`."""
+        q, k, v = self._heads(x, positions)
+        return self.out(_attend(q, k, v, positions).flatten(2))
+
+    def step(self, x: Tensor, places: Places, cache: BlockCache) -> Tensor:
+        """As `forward` for T tokens `[B, T, d]` that follow those of `cache`, which keeps their keys and values."""
+        q, k, v = self._heads(x, places)
+        keys, values = cache.extend(places, k, v)
+        y = _attend(q, k, v, places.alone) if places.alone else _attend_to(q, keys, values, places.visible)
+        return self.out(y.flatten(2))
+
+    def _heads(self, x: Tensor, at: Positions | Places) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, T, h, c]`, normed and turned."""
         q, k, v = (
             rearrange(part, "B T (h c) -> B T h c", c=self.config.head_dim)
             for part in self.qkv(x).split(self.split, dim=-1)
         )
-        q, k = _turn(q, positions, self.q_norm), _turn(k, positions, self.k_norm)
-        y = _attend(q, k, v, positions)
-        return self.out(y.flatten(2))
+        return _turn(q, at, self.q_norm), _turn(k, at, self.k_norm), v
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -98,18 +80,50 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """`[B, T, d]` -> `[B, T, d]`."""
+        return self._expanded(*self._queries(x, positions), *self._latent(x, positions), positions)
+
+    def step(self, x: Tensor, places: Places, cache: BlockCache) -> Tensor:
+        """As `forward` for T tokens `[B, T, d]` that follow those of `cache`, which keeps their latents.
+
+        Keys and values are not made of the latents: with W_k and W_v the parts of W that would, scores are
+        (W_k^T q) . latent, and the output is W_v times the weighted sum of latents (arXiv:2405.04434, section 2.1.2).
+        """
+        c = self.config
+        q_nope, q_rope = self._queries(x, places)
+        latent, k_rope = self._latent(x, places)
+        (kept,) = cache.extend(places, torch.cat([latent.unsqueeze(2), k_rope.to(latent.dtype)], dim=-1))
+        if places.alone:
+            return self._expanded(q_nope, q_rope, latent, k_rope, places.alone)
+        up = self.kv_up.weight.view(c.n_heads, -1, c.kv_lora_rank)
+        w_k, w_v = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_k)
+        q = torch.cat([q_latent, q_rope.to(q_latent.dtype)], dim=-1)
+        scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
+        y = _attend_to(q, kept, kept[..., : c.kv_lora_rank], places.visible, scale)
+        return self.out(torch.einsum("bthr,hvr->bthv", y, w_v).flatten(2))
+
+    def _queries(self, x: Tensor, at: Positions | Places) -> tuple[Tensor, Tensor]:
+        """The parts of queries `[B, T, h, c]` without position, and turned by theirs."""
         c = self.config
         q = self.q_up(self.q_norm(self.q_down(x)) if c.q_lora_rank else x)
         q = rearrange(q, "B T (h c) -> B T h c", h=c.n_heads)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        return q_nope, _turn(q_rope, at)
+
+    def _latent(self, x: Tensor, at: Positions | Places) -> tuple[Tensor, Tensor]:
+        """The normed latent `[B, T, r]`, and the turned key part `[B, T, 1, c]`."""
+        c = self.config
         latent, k_rope = self.kv_down(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        kv = rearrange(self.kv_up(self.kv_norm(latent)), "B T (h c) -> B T h c", h=c.n_heads)
+        return self.kv_norm(latent), _turn(k_rope.unsqueeze(2), at)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, positions: Positions) -> Tensor:
+        """The output, by way of all heads' keys and values."""
+        c = self.config
+        kv = rearrange(self.kv_up(latent), "B T (h c) -> B T h c", h=c.n_heads)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        k_rope = _turn(k_rope.unsqueeze(2), positions).expand(-1, -1, c.n_heads, -1)
-        q = torch.cat([q_nope, _turn(q_rope, positions)], dim=-1)
-        k = torch.cat([k_nope, k_rope], dim=-1)
-        y = _attend(q, k, v, positions)
-        return self.out(y.flatten(2))
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        k = torch.cat([k_nope, k_rope.expand(-1, -1, c.n_heads, -1)], dim=-1)
+        return self.out(_attend(q, k, v, positions).flatten(2))
 
 
 def _draw_maps(attention: Attention, output_scale: float) -> None:
@@ -120,10 +134,13 @@ def _draw_maps(attention: Attention, output_scale: float) -> None:
             nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)
 
 
-def _turn(heads: Tensor, positions: Positions, norm: RMSNorm | None = None) -> Tensor:
+def _turn(heads: Tensor, at: Positions | Places, norm: RMSNorm | None = None) -> Tensor:
     """Heads `[B, T, h, c]`, normed if there is a norm, turned by their positions' angles."""
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    return norm_rotate(heads, weight, positions.cos, positions.sin, eps)
+    if isinstance(at, Positions):
+        return norm_rotate(heads, weight, at.cos, at.sin, eps)
+    each = heads.flatten(0, 1).unsqueeze(0)  # every token of every row has a position of its own
+    return norm_rotate(each, weight, at.cos, at.sin, eps).view(heads.shape)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
@@ -137,6 +154,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
         q, k, padded = (x.to(v.dtype).transpose(1, 2) for x in (q, k, padded))
         y = F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, enable_gqa=grouped)
         return y[..., : v.shape[-1]].transpose(1, 2)
+
+
+def _attend_to(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None) -> Tensor:
+    """Softmax attention of `[B, T, h, c]` on what is kept, keys and values `[B, S, g, c]`, where visible
+    `[B, 1, T, S]`."""
+    with torch.autocast(v.device.type, enabled=False):
+        q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+        grouped = k.shape[1] < q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 Attention = GroupedQueryAttention | MultiHeadLatentAttention

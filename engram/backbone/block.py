@@ -6,8 +6,9 @@ import math
 
 from torch import Tensor, nn
 
-from engram.backbone.attention import Positions, build_attention
+from engram.backbone.attention import build_attention
 from engram.backbone.norm import RMSNorm
+from engram.backbone.positions import Continuation, Positions
 from engram.backbone.residual import build_residual
 from engram.config import ModelConfig
 from engram.experts import MoE, RoutingStats, SwiGLU
@@ -31,10 +32,12 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(D, config.dense_width, output_scale)
 
-    def forward(self, hidden: Tensor, positions: Positions) -> tuple[Tensor, RoutingStats | None]:
+    def forward(self, hidden: Tensor, at: Positions | Continuation) -> tuple[Tensor, RoutingStats | None]:
         """`[B, T, d]` (or `[B, T, M, d]`) -> the same shape, and what the router did if there is one."""
         x, mixing = self.attention_residual.read(hidden)
-        hidden = self.attention_residual.write(hidden, self.attention(self.attention_norm(x), positions), mixing)
+        x = self.attention_norm(x)
+        y = self.attention(x, at) if isinstance(at, Positions) else self.attention.step(x, *at)
+        hidden = self.attention_residual.write(hidden, y, mixing)
         x, mixing = self.ffn_residual.read(hidden)
         x = self.ffn_norm(x)
         y, stats = self.ffn.forward_with_stats(x) if isinstance(self.ffn, MoE) else (self.ffn(x), None)

@@ -7,19 +7,22 @@ Memory before attention as in arXiv:2601.07372, section 2; the rest is the commo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram.backbone.attention import positions_of
 from engram.backbone.block import Block
+from engram.backbone.decoding import DecodingState
 from engram.backbone.norm import RMSNorm
+from engram.backbone.positions import Continuation, Positions, positions_of
 from engram.config import ModelConfig
 from engram.experts import MoE, RoutingStats
 from engram.memory import Memory, build_memory
+from engram.memory.readers import Reading, documents_of
 from engram.tensors import require_ids
 
 
@@ -92,29 +95,81 @@ class EngramLM(nn.Module):
         attention, not by N-grams, not by convolution; an id must not come back after another one in a row. None makes
         each row one document. Raises `ConfigError` for a token id outside the vocabulary (on the CPU, in eager mode).
         """
-        hidden = self.run(token_ids, document_ids).hidden
+        return self.logits(self.run(token_ids, document_ids).hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of last hidden states `[..., d]`."""
         # The head as a module: hooks that bring its weight, as accelerate's, are run when it is called.
         return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
 
     def run(self, token_ids: Tensor, document_ids: Tensor | None = None) -> ModelOutput:
         """As `forward`, up to the head, with what routers and gates did."""
         require_ids(token_ids, self.config.vocab_size)
-        positions = positions_of(token_ids, document_ids, self.config.attention)
         # Before all else: tables that lie elsewhere copy these rows while the first blocks compute.
         readings = {name: memory.look_up(token_ids, document_ids) for name, memory in self.memories().items()}
-        h = self.embed(token_ids)
-        if self.input_memory is not None:
-            h = self.memories()["input"].add_to(h, readings["input"]).hidden
-        if self.config.branches > 1:
-            h = h.unsqueeze(2).expand(-1, -1, self.config.branches, -1)
+        positions = positions_of(token_ids, document_ids, self.config.attention)
+        return self._through(token_ids, readings, [positions] * len(self.blocks), {})
+
+    def init_state(self, batch_size: int, capacity: int, slack: int = 0) -> DecodingState:
+        """The state before the first token of `batch_size` sequences, with room for `capacity` tokens of each.
+
+        `slack`: how many tokens can be taken back. Raises `ConfigError` as `DecodingState` does.
+        """
+        device = self.embed.weight.device
+        return DecodingState(self.memories(), len(self.blocks), batch_size, capacity, slack, device)
+
+    @torch.no_grad()
+    def step(self, token_ids: Tensor, state: DecodingState, padding_mask: Tensor | None = None) -> ModelOutput:
+        """As `run` for T new tokens `[B, T]` that follow those of `state`, which takes them in.
+
+        Token by token or in chunks, the outputs equal those of `run` on the whole, but for rounding.
+
+        Args:
+            padding_mask: `[B, T]`, False at padding, which may stand only before the first token of a sequence; what
+                comes out there means nothing.
+
+        Raises:
+            ConfigError: a token id outside the vocabulary, another batch size than the state's, more tokens than it has
+                room for (values are looked at on the CPU, in eager mode).
+        """
+        require_ids(token_ids, self.config.vocab_size)
+        documents = documents_of(token_ids, None, padding_mask)
+        places = state.advance(token_ids, documents, self.config.attention)
+        readings = {
+            name: memory.look_up(token_ids, None, padding_mask, state.memory[name])
+            for name, memory in self.memories().items()
+        }
+        at = [Continuation(places, cache) for cache in state.blocks]
+        return self._through(token_ids, readings, at, state.memory)
+
+    def _through(
+        self,
+        token_ids: Tensor,
+        readings: dict[str, Reading],
+        at: Sequence[Positions | Continuation],
+        states: dict[str, Any],
+    ) -> ModelOutput:
+        """From ids to last hidden states; `at` is for each block. `states` of memories, if any, are moved on."""
         routing: list[RoutingStats] = []
         gates: dict[int, Tensor] = {}
+
+        def add_memory(name: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+            added = self.memories()[name].add_to(hidden, readings[name], states.get(name))
+            if name in states:
+                states[name] = added.state
+            return added.hidden, added.gates
+
+        h = self.embed(token_ids)
+        if self.input_memory is not None:
+            h, _ = add_memory("input", h)
+        if self.config.branches > 1:
+            h = h.unsqueeze(2).expand(-1, -1, self.config.branches, -1)
         for layer, block in enumerate(self.each_block()):
             if str(layer) in self.memory:
-                h, alpha, _ = self.memories()[str(layer)].add_to(h, readings[str(layer)])
+                h, alpha = add_memory(str(layer), h)
                 if alpha is not None:
                     gates[layer] = alpha
-            h, stats = block(h, positions)
+            h, stats = block(h, at[layer])
             if stats is not None:
                 routing.append(stats)
         if self.config.branches > 1:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 
-def rotations(T: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles of positions 0 to T-1, `[T, dim / 2]` each, float32."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angles = torch.outer(torch.arange(T, device=device, dtype=torch.float32), frequencies)
+def rotations(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of positions `[T]`, `[T, dim / 2]` each, float32."""
+    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angles = torch.outer(positions.float(), frequencies)
     return angles.cos(), angles.sin()

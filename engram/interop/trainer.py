@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from engram.config import require
-from engram.interop.attach import Attachment
+from engram.interop.attachment import Attachment
 from engram.memory import MemoryTable
 from engram.training.optim import RowAdam, Together, clip_gradients
 

@@ -121,6 +121,24 @@ class OverEncoding(UngatedMemory):
         return (self.project(rows) - self.n_heads * hidden) / (self.n_heads + 1)
 
 
+class Scale(nn.Module):
+    """One learned factor; a module, so that hooks that bring a module's weights when it is called bring this one."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the factor."""
+        nn.init.constant_(self.weight, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` times the factor."""
+        return self.weight * x
+
+
 class AdditiveBigram(UngatedMemory):
     """Rows as wide as the model, zero at the start, added before every block with a learned scale for each block.
 
@@ -131,16 +149,11 @@ class AdditiveBigram(UngatedMemory):
 
     def __init__(self, config: MemoryConfig, owner: AdditiveBigram | None, lookup: Tensor | None = None) -> None:
         super().__init__(config)
-        self.scale = nn.Parameter(torch.empty(1))
+        self.scale = Scale(0.1)
         if owner is None:
             self.reader = RowReader(config, config.layers[0], lookup)
             self.table = MemoryTable(self.reader.n_rows, config.row_width, getattr(torch, config.table_dtype), std=0.0)
         self._owner = (self if owner is None else owner,)  # in a tuple, so that the owner is not a submodule here
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the scale."""
-        nn.init.constant_(self.scale, 0.1)
 
     @property
     def source(self) -> UngatedMemory:
@@ -149,5 +162,5 @@ class AdditiveBigram(UngatedMemory):
 
     def update(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """The rows times this block's scale; every branch gets the same."""
-        update = self.scale * rows
+        update = self.scale(rows)
         return update if hidden.ndim == 3 else update.unsqueeze(2).expand_as(hidden)

@@ -80,7 +80,7 @@ class HashState(NamedTuple):
 def earlier(past: Tensor, n: Tensor, fill: int) -> Tensor:
     """The last positions `[B, P, ...]` as they were `n` `[B]` positions ago; `fill` where nothing is kept of then."""
     P = past.shape[1]
-    at = torch.arange(P, device=past.device) - n.unsqueeze(1)
+    at = torch.arange(P, device=past.device) - n.to(past.device).unsqueeze(1)
     index = at.clamp(min=0).view(*at.shape, *[1] * (past.ndim - 2)).expand(past.shape)
     kept = (at >= 0).view(*at.shape, *[1] * (past.ndim - 2))
     return torch.where(kept, past.gather(1, index), fill)

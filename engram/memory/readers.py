@@ -58,17 +58,24 @@ class RowReader(nn.Module):
         super().__init__()
         require(config.vocab_size >= 1, "memory.vocab_size", config.vocab_size, "1 or more to build a layer")
         require(layer in config.layers, "layer", layer, f"one of memory.layers {config.layers}")
-        lookup = lookup if config.compress else None
+        self.config, self.layer, self.vocab_size = config, layer, config.vocab_size
+        self.register_buffer("lookup", None, persistent=False)
+        self.compress_by(lookup if config.compress else None)
+
+    def compress_by(self, lookup: Tensor | None) -> None:
+        """Hash ids by another token compression, int64 `[V]`, or raw if None.
+
+        Raises `ConfigError` for one of another length than `vocab_size`.
+        """
+        V = self.vocab_size
         if lookup is not None:
-            require(
-                len(lookup) == config.vocab_size, "lookup", len(lookup), f"of length vocab_size {config.vocab_size}"
-            )
-        self.register_buffer("lookup", lookup.clone() if lookup is not None else None, persistent=False)
-        pad, eos = (int(lookup[i]) if lookup is not None else i for i in (config.pad_id, config.eos_id))
-        n_canonical = int(lookup.max()) + 1 if lookup is not None else config.vocab_size
-        self.layer = layer
-        self.vocab_size = config.vocab_size
-        self.hasher = NgramHasher(config, n_canonical, pad, eos)
+            require(len(lookup) == V, "lookup", len(lookup), f"of length vocab_size {V}")
+        self.lookup = lookup.clone() if lookup is not None else None
+        pad, eos = (int(lookup[i]) if lookup is not None else i for i in (self.config.pad_id, self.config.eos_id))
+        n_canonical = int(lookup.max()) + 1 if lookup is not None else V
+        self.hasher = NgramHasher(self.config, n_canonical, pad, eos)
+        if lookup is not None and not self.hasher.moduli.is_meta:
+            self.hasher.to(lookup.device)
 
     @property
     def n_rows(self) -> int:
@@ -147,7 +154,7 @@ class PositionReader(RowReader):
         return HashState(next_position, next_position)
 
     def rollback(self, state: HashState, n: Tensor) -> HashState:
-        return HashState(state.ids - n.unsqueeze(1), state.documents)
+        return HashState(state.ids - n.to(state.ids.device).unsqueeze(1), state.documents)
 
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:
         require_ids(token_ids, self.vocab_size)

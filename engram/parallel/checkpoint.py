@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from engram.config import ConfigError
 from engram.parallel.state import Owned, Piece, entries, optimizer_state, parameters_of
 
+CHECKPOINTS = "checkpoints"  # in a run's folder
 _RUN, _CONTENTS, _SUFFIX, _REPLACED = "run.pt", ".metadata", ".distcp", ".replaced"
 _FILE_BYTES = 2**29
 
@@ -42,8 +43,10 @@ def checkpoint_folder(parent: Path, step: int) -> Path:
 
 def checkpoints_in(parent: Path) -> list[Path]:
     """The whole checkpoints in a folder, by step; one that a save was killed in replacing stands under another name."""
-    found = [path for path in parent.glob("step-*") if _is_whole(path)]
-    replaced = [path for path in parent.glob(f".step-*{_REPLACED}") if _is_whole(path) and not _named(path).exists()]
+    found = [path for path in parent.glob("step-*") if is_checkpoint(path)]
+    replaced = [
+        path for path in parent.glob(f".step-*{_REPLACED}") if is_checkpoint(path) and not _named(path).exists()
+    ]
     return sorted((*replaced, *found), key=lambda path: _named(path).name)
 
 
@@ -280,7 +283,8 @@ def _named(folder: Path) -> Path:
     return folder.with_name(folder.name.removeprefix(".").removesuffix(_REPLACED))
 
 
-def _is_whole(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, and whole."""
     return all((folder / name).is_file() for name in (_RUN, _CONTENTS))
 
 

@@ -9,10 +9,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from engram.config import require
-from engram.parallel.checkpoint import checkpoint_folder, last_checkpoint
+from engram.parallel.checkpoint import CHECKPOINTS, checkpoint_folder, last_checkpoint
 from engram.training.logs import CSVMetrics
-
-CHECKPOINTS = "checkpoints"
 
 
 def resume_path(asked: str | None, run_folder: Path) -> str | None:

@@ -26,10 +26,10 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from engram.config import ConfigError, require
-from engram.parallel.checkpoint import last_checkpoint
+from engram.parallel.checkpoint import CHECKPOINTS, last_checkpoint
 from engram.parallel.config import ParallelConfig
 from engram.training.atomic import atomic_file
-from engram.training.checkpoint import CHECKPOINTS, LastCheckpoint, resume_path
+from engram.training.checkpoint import LastCheckpoint, resume_path
 from engram.training.data import TokenData
 from engram.training.environment import freeze_objects, prepare_process
 from engram.training.logs import Bar, CSVMetrics

@@ -22,11 +22,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from engram.config import ConfigError
-from engram.parallel.checkpoint import CheckpointWriter, last_checkpoint, load, read_run, remove_checkpoint
+from engram.parallel.checkpoint import CHECKPOINTS, CheckpointWriter, last_checkpoint, load, read_run, remove_checkpoint
 from engram.parallel.config import ParallelConfig
 from engram.parallel.heartbeat import Heartbeat
 from engram.parallel.mesh import Mesh
-from engram.training.checkpoint import CHECKPOINTS
 from engram.training.optim import Together
 from engram.training.recorder import EXIT_LOST_RANK
 

@@ -17,6 +17,7 @@ from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokeniz
 from engram.config import ConfigError, require
 
 PAD, EOS = "<|pad|>", "<|eos|>"
+SPECIAL = ("eos", "pad")
 _USUAL_EOS = (EOS, "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>", "<|end_of_text|>", "<eos>")  # noqa: RUF001
 _WORDS = Regex(r"\s*\n[ \t]*| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[^\S\n]+")
 
@@ -72,6 +73,15 @@ def pad_id(tokenizer: Tokenizer, eos: int) -> int:
     """The id of padding: that of `<|pad|>` if the tokenizer has it, else `eos`."""
     found = tokenizer.token_to_id(PAD)
     return eos if found is None else found
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of `SPECIAL` tokens, by name; none if the tokenizer has no token that ends documents."""
+    try:
+        eos = eos_id(tokenizer)
+    except ConfigError:
+        return {}
+    return dict(zip(SPECIAL, (eos, pad_id(tokenizer, eos)), strict=True))
 
 
 def byte_counter(tokenizer: Tokenizer) -> Callable[[Encoding, str], NDArray[np.int64]]:

@@ -1,29 +1,46 @@
-"""Trained models on disk: safetensors, the config as JSON, and the tokenizer they were trained with."""
+"""Trained models on disk: safetensors with their checksums, config and tokenizer as JSON.
+
+Nothing in such a folder is ever executed: all of it is JSON and numbers. The header of each file of weights says what
+they were trained with, so that a table is never read by another hash, seed, size or token compression.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from engram.backbone import EngramLM
-from engram.config import ConfigError, ModelConfig
+from engram.config import ConfigError, ModelConfig, require
+from engram.memory import MemoryTable
+from engram.memory.readers import RowReader
 from engram.parallel.checkpoint import read_run
-from engram.parallel.consolidate import INDEX, WEIGHTS, consolidate
+from engram.parallel.consolidate import INDEX, PARTS, WEIGHTS, consolidate
+from engram.parallel.tensor_files import Header, map_tensors, read_header
 from engram.training.atomic import atomic_folder
 from engram.training.cache import disk_errors_name
-from engram.training.identity import require_same_tokenizer, tokenizer_identity
-from engram.training.tokenizer import load_tokenizer
+from engram.training.checksums import CHECKSUMS, Advance, checked_header, damages, read_checksums, write_checksums
+from engram.training.identity import origin_of, require_origin
+from engram.training.tokenizer import SPECIAL, load_tokenizer, special_ids
 
-_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
+_CONFIG, _TOKENIZER, _TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
+# By which transformers' Auto classes find `engram.interop.causal_lm`.
+_FOR_TRANSFORMERS = {"model_type": "engram", "architectures": ["EngramForCausalLM"]}
 _LOOKUP = "token_lookup"
+_ORIGIN = "engram"  # in a header's metadata
+TRAINED_WITH = "trained_with"  # the same in a config.json of transformers, which writes its own metadata
+_CHECKED_TABLE_BYTES = 2**30
+_NO_CHECKSUMS = f"there is no {CHECKSUMS}"
 
 
 def save_model(
@@ -31,22 +48,25 @@ def save_model(
 ) -> Path:
     """Write a model to a folder, whole or not at all; other files in the folder stay.
 
-    `lookup` `[V]`: the token compression, and `tokenizer`: the tokenizer it was trained with. Raises `ConfigError`
-    naming the file when the disk refuses.
+    `lookup` `[V]`: the token compression, the model's own if None, and `tokenizer`: the tokenizer it was trained with.
+    Raises `ConfigError` naming the file when the disk refuses.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if lookup is None:
+        lookup = next((part.lookup for part in model.modules() if isinstance(part, RowReader)), None)
     if lookup is not None:
         tensors[_LOOKUP] = lookup.cpu().contiguous()
+    text = None if tokenizer is None else tokenizer.to_str()
 
-    def write(draft: Path) -> None:
+    def write(draft: Path, metadata: dict[str, str]) -> list[Path]:
         try:
-            save_file(tensors, draft / WEIGHTS, {"format": "pt"})
+            save_file(tensors, draft / WEIGHTS, {"format": "pt", **metadata})
         except SafetensorError as error:  # safetensors tells of the disk in words alone
             raise ConfigError(f"cannot write {str(Path(folder) / WEIGHTS)!r}: {error}") from error
         (draft / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
+        return [draft / WEIGHTS]
 
-    text = tokenizer.to_str(pretty=True) if tokenizer is not None else None
-    return _write_folder(Path(folder), write, model.config.to_dict(), text)
+    return _write_folder(Path(folder), write, model.config, lookup, text)
 
 
 def save_checkpoints_model(checkpoint: str | Path, folder: str | Path) -> Path:
@@ -56,61 +76,202 @@ def save_checkpoints_model(checkpoint: str | Path, folder: str | Path) -> Path:
     Raises `ConfigError` naming the checkpoint if it can't be read, or the file when the disk refuses.
     """
     run = read_run(Path(checkpoint))
-    lookup = {} if run["token_lookup"] is None else {_LOOKUP: run["token_lookup"]}
+    lookup = run["token_lookup"]
     return _write_folder(
         Path(folder),
-        lambda draft: consolidate(Path(checkpoint), draft, lookup),
-        run["model_config"],
+        lambda draft, metadata: consolidate(
+            Path(checkpoint), draft, {} if lookup is None else {_LOOKUP: lookup}, metadata
+        ),
+        ModelConfig.from_dict(run["model_config"]),
+        lookup,
         run["tokenizer_json"],
     )
 
 
 def _write_folder(
-    folder: Path, write_weights: Callable[[Path], object], config: dict[str, Any], tokenizer: str | None
+    folder: Path,
+    write_weights: Callable[[Path, dict[str, str]], list[Path]],
+    config: ModelConfig,
+    lookup: Tensor | None,
+    tokenizer: str | None,
 ) -> Path:
-    with atomic_folder(folder, owned=(WEIGHTS, INDEX, _CONFIG, _TOKENIZER)) as draft:
+    owned = (WEIGHTS, INDEX, CHECKSUMS, _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG)
+    with atomic_folder(folder, owned=(*owned, *(path.name for path in folder.glob(PARTS)))) as draft:
         with disk_errors_name(folder / WEIGHTS):
-            write_weights(draft)
-        texts = {_CONFIG: json.dumps(config, indent=1) + "\n"} | ({} if tokenizer is None else {_TOKENIZER: tokenizer})
+            files = write_weights(draft, {_ORIGIN: origin_of(config, lookup, tokenizer)})
+        with disk_errors_name(folder / CHECKSUMS):
+            write_checksums(draft, files)
+        special: dict[str, int] = {}
+        texts = {}
+        if tokenizer is not None:
+            made = Tokenizer.from_str(tokenizer)
+            special = special_ids(made)
+            texts[_TOKENIZER] = made.to_str(pretty=True)
+            texts[_TOKENIZER_CONFIG] = _json(
+                {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len}
+                | {f"{name}_token": made.id_to_token(i) for name, i in special.items()}
+            )
+        ids = {f"{name}_token_id": i for name, i in special.items()}
+        texts[_CONFIG] = _json(_FOR_TRANSFORMERS | ids | config.to_dict())
         for name, text in texts.items():
             with disk_errors_name(folder / name):
                 (draft / name).write_text(text, encoding="utf-8")
     return folder
 
 
-def load_model(folder: str | Path, tokenizer: Tokenizer | None = None) -> EngramLM:
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=1) + "\n"
+
+
+def load_model(folder: str | Path, tokenizer: Tokenizer | None = None, *, verify: bool = False) -> EngramLM:
     """The model that `save_model` wrote, on the CPU.
 
-    Raises `ConfigError` for a folder that holds none, or weights that do not fit its config, and for a `tokenizer`
-    other than the model's own.
+    Tables are not copied: they are the pages of the file, which are read when rows of them are first looked up. So a
+    table may be larger than memory and is there at once, and processes share it. The model can be trained: a page that
+    is written to becomes the process's own, and the file stays as it is. Everything else is copied.
+
+    What is copied is compared with its checksum. So are tables of up to 1 GiB; larger ones would take as long as it
+    takes to read them, so of those the size alone is checked, unless `verify` asks for all (as `verify_model` does).
+
+    Raises `ConfigError` for a folder that holds none, for a file that is cut off or damaged and the tensor in it, for a
+    config, token compression or tokenizer (also `tokenizer`, if given) other than those that the weights were trained
+    with. A folder without checksums, or whose weights do not tell their origin, is loaded with a warning.
+    """
+    with _errors_name(Path(folder)):
+        return _built(*_checked(Path(folder), tokenizer, verify))
+
+
+def require_sound(folder: str | Path) -> None:
+    """Check all that `load_model` checks, for weights that another library is about to load. Raises as it does."""
+    with _errors_name(Path(folder)):
+        _checked(Path(folder), None, False)
+
+
+def _checked(
+    folder: Path, tokenizer: Tokenizer | None, verify: bool
+) -> tuple[ModelConfig, Tensor | None, dict[str, Tensor]]:
+    """Config, token compression and all other tensors of a folder, mapped from its files."""
+    config = read_config(folder)
+    headers, saved = _open(folder)
+    if saved is not None:
+        _require_undamaged(headers, saved, None if verify else _CHECKED_TABLE_BYTES)
+    elif verify:
+        raise ConfigError(_NO_CHECKSUMS)
+    else:
+        warnings.warn(f"whether {str(folder)!r} is damaged is not known: {_NO_CHECKSUMS}", stacklevel=3)
+    tensors = {name: tensor for path, header in headers.items() for name, tensor in map_tensors(path, header).items()}
+    lookup = tensors.pop(_LOOKUP, None)
+    if not _origins(folder, headers):
+        warnings.warn(f"weights in {str(folder)!r} do not tell what they were trained with", stacklevel=3)
+    _require_origin(folder, headers, config, lookup, tokenizer)
+    return config, lookup, tensors
+
+
+def verify_model(folder: str | Path, advance: Advance | None = None) -> list[str]:
+    """What is damaged in the weights of a folder, a line for each tensor, by their checksums; nothing if all is well.
+
+    `advance` is told of bytes as they are read, by several threads. Raises `ConfigError` as `load_model` for all else
+    that is wrong, and if there are no checksums.
     """
     folder = Path(folder)
+    with _errors_name(folder):
+        headers, saved = _open(folder)
+        if saved is None:
+            raise ConfigError(_NO_CHECKSUMS)
+        found = [
+            line for path, header in headers.items() for line in damages(path, header, header.entries, saved, advance)
+        ]
+        if not found:
+            lookups = [
+                map_tensors(path, header)[_LOOKUP] for path, header in headers.items() if _LOOKUP in header.entries
+            ]
+            _require_origin(folder, headers, read_config(folder), next(iter(lookups), None))
+        return found
+
+
+@contextmanager
+def _errors_name(folder: Path) -> Iterator[None]:
+    """Turn whatever goes wrong into an error that names the folder: its files may hold anything."""
     try:
-        config = ModelConfig.from_dict(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
-        tensors = {name: tensor for path in _weight_files(folder) for name, tensor in _read(path).items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{str(folder)!r} holds no model that can be read: {' '.join(str(error).split())}") from error
-    if tokenizer is not None and (folder / _TOKENIZER).exists():
-        saved = tokenizer_identity(load_tokenizer(str(folder)), str(folder))
-        require_same_tokenizer(tokenizer_identity(tokenizer, "the tokenizer given"), saved)
-    with torch.random.fork_rng(devices=[]):  # weights are overwritten: the caller's random state stays as it was
-        model = EngramLM(config, tensors.pop(_LOOKUP, None))
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"model in {str(folder)!r} cannot be loaded: {reason}") from error
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config in a model's folder, of `save_model` or of transformers. Raises `ConfigError` naming the file."""
     try:
-        model.load_state_dict(tensors)
+        data = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        kind = _FOR_TRANSFORMERS["model_type"]
+        require(data.get("model_type", kind) == kind, "model_type", data.get("model_type"), repr(kind))
+        names = {field.name for field in dataclasses.fields(ModelConfig)}
+        by_transformers = "transformers_version" in data  # which adds many a key
+        ours = {*_FOR_TRANSFORMERS, *(f"{name}_token_id" for name in SPECIAL)}
+        data = {name: value for name, value in data.items() if name in names or not (by_transformers or name in ours)}
+        return ModelConfig.from_dict(data)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{_CONFIG}: {error}") from error
+
+
+def _open(folder: Path) -> tuple[dict[Path, Header], dict[str, Any] | None]:
+    """Headers of the one file, or of those that the index names; and the checksums, if there are any."""
+    saved = read_checksums(folder)
+    where: dict[str, str] | None = None
+    names = {WEIGHTS}
+    if (folder / INDEX).exists():
+        try:
+            where = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{INDEX} is damaged: {type(error).__name__} {error}") from error
+        names = {Path(name).name for name in where.values()}
+    paths = [folder / name for name in sorted(names)]
+    headers = {path: read_header(path) if saved is None else checked_header(path, saved) for path in paths}
+    if where is not None and where != {name: path.name for path, header in headers.items() for name in header.entries}:
+        raise ConfigError(f"{INDEX} is damaged: it does not name the tensors that are in the files")
+    return headers, saved
+
+
+def _require_origin(
+    folder: Path,
+    headers: dict[Path, Header],
+    config: ModelConfig,
+    lookup: Tensor | None,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    tokenizers = {} if tokenizer is None else {"the tokenizer given": tokenizer}
+    if (folder / _TOKENIZER).exists():
+        tokenizers[_TOKENIZER] = load_tokenizer(str(folder))
+    for origin in _origins(folder, headers):
+        require_origin(origin, config, lookup, tokenizers)
+
+
+def _origins(folder: Path, headers: dict[Path, Header]) -> set[str]:
+    """What the weights were trained with, as their files tell, or as transformers keeps it, the config's file."""
+    found = {header.metadata[_ORIGIN] for header in headers.values() if _ORIGIN in header.metadata}
+    kept = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get(TRAINED_WITH)
+    return found or ({kept} if kept else set())
+
+
+def _require_undamaged(headers: dict[Path, Header], saved: dict[str, Any], largest_table: int | None) -> None:
+    for path, header in headers.items():
+        names = [
+            name
+            for name, entry in header.entries.items()
+            if largest_table is None or not name.endswith("table.weight") or entry.end - entry.start <= largest_table
+        ]
+        found = list(damages(path, header, names, saved))
+        if found:
+            raise ConfigError("; ".join(found))
+
+
+def _built(config: ModelConfig, lookup: Tensor | None, tensors: dict[str, Tensor]) -> EngramLM:
+    """The model, made of the tensors themselves: nothing is drawn that would be overwritten."""
+    with torch.device("meta"):
+        model = EngramLM(config, lookup)
+    tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, MemoryTable)}
+    try:
+        model.load_state_dict({k: v if k in tables else v.clone() for k, v in tensors.items()}, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{str(folder)!r}: weights do not fit {_CONFIG}: {reason}") from error
-    return model
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The one file, or those that the index names."""
-    if not (folder / INDEX).exists():
-        return [folder / WEIGHTS]
-    names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        raise ConfigError(f"weights do not fit {_CONFIG}: {' '.join(str(error).split())[:200]}") from error
+    return model.to("cpu")  # moves nothing, but tells tables that their weights are no longer on the meta device

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engram.backbone.attention import GroupedQueryAttention, MultiHeadLatentAttention, positions_of
+from engram.backbone.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from engram.backbone.positions import positions_of
 from engram.config import GQAConfig, MLAConfig
 
 D, B, T = 32, 2, 17

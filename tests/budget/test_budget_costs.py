@@ -54,7 +54,7 @@ PART_OF = (  # what a parameter's name says of it; the first that matches
     (".project.", "memory_projections"),
     (".query_norm", "memory_gates"),
     (".key_norm", "memory_gates"),
-    (".scale", "memory_gates"),
+    (".scale.weight", "memory_gates"),
     (".conv_", "memory_convs"),
     ("norm.", "norms"),
 )

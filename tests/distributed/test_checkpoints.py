@@ -103,7 +103,7 @@ def test_a_checkpoint_of_four_becomes_one_set_of_safetensors(
     out = tmp_path / "model"
     out.mkdir()
     extra = {"token_lookup": torch.arange(7)}
-    files = consolidate(tmp_path / "step-00000004", out, extra, file_bytes)
+    files = consolidate(tmp_path / "step-00000004", out, extra, file_bytes=file_bytes)
     tensors = {name: value for path in files for name, value in load_file(path).items()}
     if file_bytes < 2**30:
         index = json.loads((out / INDEX).read_text())

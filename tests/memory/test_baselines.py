@@ -368,8 +368,8 @@ def test_additive_bigram_adds_scaled_rows_before_every_block(branches: int, layo
     torch.nn.init.normal_(owner.table.weight)
     rows = owner.table.weight[owner.reader(ids)].flatten(2)
     for layer, block in modules.items():
-        assert block.scale.item() == pytest.approx(0.1)
-        torch.nn.init.constant_(block.scale, 0.1 * (layer + 1))
+        assert block.scale.weight.item() == pytest.approx(0.1)
+        torch.nn.init.constant_(block.scale.weight, 0.1 * (layer + 1))
         update = block(hidden, ids)
         assert update.shape == hidden.shape
         expected = 0.1 * (layer + 1) * rows
@@ -383,7 +383,7 @@ def test_every_block_trains_the_bigrams_shared_rows() -> None:
     for module in modules.values():
         (gradient,) = torch.autograd.grad(module(hidden, ids).sum(), table)
         values = gradient.coalesce().values()
-        torch.testing.assert_close(values, (values / module.scale).round() * module.scale)
+        torch.testing.assert_close(values, (values / module.scale.weight).round() * module.scale.weight)
         assert (values != 0).all()
 
 

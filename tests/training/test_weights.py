@@ -55,25 +55,20 @@ def test_another_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     save_model(built(), tmp_path, LOOKUP, own)
     load_model(tmp_path, own)
     load_model(tmp_path)
-    with pytest.raises(ConfigError, match=r"tokenizer is that of 'the tokenizer given' \(sha256 .*\): the model was"):
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer given has sha256 \w+: the weights were trained with sha256 \w+"
+    ):
         load_model(tmp_path, bpe("quite another text"))
 
 
 def test_a_folder_that_holds_no_model_is_named(tmp_path: Path) -> None:
     save_model(built(), tmp_path / "m", LOOKUP)
-    weights, config = tmp_path / "m" / "model.safetensors", tmp_path / "m" / "config.json"
-    whole, settings = weights.read_bytes(), json.loads(config.read_text())
+    config = tmp_path / "m" / "config.json"
+    settings = json.loads(config.read_text())
     config.write_text(json.dumps(settings | {"colour": "red"}))
-    with pytest.raises(ConfigError, match="m' holds no model that can be read: unknown setting colour"):
+    with pytest.raises(ConfigError, match=r"m' cannot be loaded: config.json: unknown setting colour"):
         load_model(tmp_path / "m")
-    config.write_text(json.dumps(settings | {"d_model": 64, "experts": None, "memory": None, "n_dense_layers": 2}))
-    with pytest.raises(ConfigError, match=r"m': weights do not fit config.json: .*Missing key"):
-        load_model(tmp_path / "m")
-    config.write_text(json.dumps(settings))
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="m' holds no model that can be read"):
-        load_model(tmp_path / "m")
-    with pytest.raises(ConfigError, match="nowhere' holds no model that can be read"):
+    with pytest.raises(ConfigError, match=r"nowhere' cannot be loaded: .*No such file"):
         load_model(tmp_path / "nowhere")
 
 

@@ -1,0 +1,120 @@
+"""What decoding keeps of the past: keys and values of every block, memory states, and which positions are real.
+
+All shapes stay as they are made, so that a compiled step is compiled once; what moves is a count of positions. A row
+of the batch may begin with padding, and tokens can be taken back, as speculative decoding does with those it rejects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from engram.backbone.positions import BlockCache, Places, positions_of
+from engram.backbone.rope import rotations
+from engram.config import GQAConfig, MLAConfig, require
+from engram.memory import Memory
+
+
+class DecodingState:
+    """The past of `batch_size` sequences for `EngramLM.step`, which changes it in place.
+
+    Args:
+        memories: of the model, by name.
+        n_layers: blocks of the model.
+        batch_size, capacity: B sequences of up to S tokens, padding before them counted.
+        slack: how many tokens `rollback` can take back at most.
+        device: of token ids.
+
+    Raises:
+        ConfigError: a size below 1, a slack below 0.
+    """
+
+    def __init__(
+        self,
+        memories: Mapping[str, Memory],
+        n_layers: int,
+        batch_size: int,
+        capacity: int,
+        slack: int,
+        device: torch.device,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("capacity", capacity)):
+            require(value >= 1, name, value, "1 or more")
+        require(slack >= 0, "slack", slack, "0 or more")
+        self.capacity, self.slack = capacity, slack
+        self.blocks = [BlockCache() for _ in range(n_layers)]
+        self.memory: dict[str, Any] = {name: module.init_state(batch_size, slack) for name, module in memories.items()}
+        self._memories = memories
+        self.real = torch.zeros(batch_size, capacity, dtype=torch.bool, device=device)
+        self.next_position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.length = torch.zeros((), dtype=torch.int64, device=device)
+        self._undoable = torch.zeros_like(self.length)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.real.shape[0]
+
+    def advance(self, token_ids: Tensor, document_ids: Tensor | None, attention: GQAConfig | MLAConfig) -> Places:
+        """Take T new tokens `[B, T]` in, those of document -1 as padding; returns their places.
+
+        Raises `ConfigError` for another batch size than the state's, and (on the CPU, in eager mode) for more tokens
+        than there is room for.
+        """
+        B, T = token_ids.shape
+        require(self.batch_size == B, "batch size", B, f"the state's, {self.batch_size}")
+        if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            n = int(self.length) + T
+            require(n <= self.capacity, "number of tokens", n, f"at most the state's capacity, {self.capacity}")
+        dim = attention.head_dim if isinstance(attention, GQAConfig) else attention.qk_rope_head_dim
+        now = torch.arange(T, device=token_ids.device)
+        cos, sin = rotations((self.next_position.unsqueeze(1) + now).flatten(), dim, attention.rope_theta)
+        slots, slot = self.length + now, torch.arange(self.capacity, device=now.device)
+        real = torch.ones_like(token_ids, dtype=torch.bool) if document_ids is None else document_ids >= 0
+        self.real.index_copy_(1, slots, real)
+        itself = slot == slots.unsqueeze(1)  # also padding sees something, or its softmax is of nothing
+        visible = (self.real.unsqueeze(1) & (slot <= slots.unsqueeze(1))) | itself
+        alone = None if self.blocks[0].tensors else positions_of(token_ids, document_ids, attention)
+        self.next_position = self.next_position + T
+        self.length = self.length + T
+        self._undoable = (self._undoable + T).clamp(max=self.slack)
+        return Places(slots, self.capacity, cos, sin, visible.unsqueeze(1), alone)
+
+    def rollback(self, n: int | Tensor) -> None:
+        """Take the last `n` tokens back: of all sequences, or of each its own number `[B]`.
+
+        The state is then as if they had not been seen. Raises `ConfigError` for more than the slack, less what was
+        taken back since, or than there are.
+        """
+        n_B = torch.as_tensor(n, device=self.length.device).expand(self.batch_size)
+        most, undoable = int(n_B.max()), int(self._undoable)
+        require(int(n_B.min()) >= 0 and most <= undoable, "tokens to take back", most, f"0 to {undoable}")
+        from_end = self.real.flip(1).cumsum(1).flip(1)
+        self.real &= from_end > n_B.unsqueeze(1)
+        self.next_position = self.next_position - n_B
+        # What comes next stands after the longest sequence; before it, others have slots in which nothing is any more.
+        self.length = (self.real * torch.arange(1, self.capacity + 1, device=n_B.device)).amax()
+        self._undoable = self._undoable - most
+        for name, state in self.memory.items():
+            self.memory[name] = self._memories[name].rollback(state, n_B)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences `rows` `[B']` in this order, some of them several times, as beam search does."""
+        for block in self.blocks:
+            block.tensors = tuple(x[rows.to(x.device)] for x in block.tensors)
+        self.memory = pytree.tree_map(lambda x: x[rows.to(x.device)], self.memory)
+        self.real, self.next_position = self.real[rows], self.next_position[rows]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for sequences of up to `capacity` tokens. Raises `ConfigError` for fewer than there is room for."""
+        more = capacity - self.capacity
+        require(more >= 0, "capacity", capacity, f"{self.capacity} or more")
+        for block in self.blocks:
+            block.tensors = tuple(torch.cat([x, x.new_zeros(len(x), more, *x.shape[2:])], 1) for x in block.tensors)
+        self.real = F.pad(self.real, (0, more))
+        self.capacity = capacity

@@ -1,0 +1,242 @@
+"""Our models in EleutherAI's lm-evaluation-harness: `lm_eval --model engram --model_args path=FOLDER --tasks ...`.
+
+Texts are scored as in training (`engram.training.data`): a document starts anew after each end-of-text token, sees
+nothing of what came before, and its first token is predicted from that token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engram.config import ConfigError, require
+from engram.inference import Sampling, stream
+from engram.inference.opening import open_model
+from engram.training.tokenizer import eos_id, load_tokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_AUTO_TOKENS = 2**14
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+T = TypeVar("T")
+Scored = tuple[Any, list[int], list[int]]  # what the harness knows it by, context, continuation
+
+_log = logging.getLogger(__name__)
+
+
+class _Generation(NamedTuple):
+    """How a text is to be continued."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+@register_model("engram")
+class EngramHarness(TemplateLM):
+    """A trained model, asked by the harness; arguments come by `--model_args`, `--batch_size` and `--device`.
+
+    Args:
+        path: a model's folder, a run's folder or a checkpoint's, as `open_model` takes them.
+        tokenizer: a `tokenizer.json`, or a folder with one, for a model that has none with it.
+        eos_token: the token that ends documents; one of the usual names if empty.
+        max_length: tokens that the model sees at once; `max_seq_len` of its config if None.
+        dtype: `bfloat16` or `float16` to compute in that type (autocast); float32 if None.
+        batch_size: sequences at once, or `auto`: as many as 16,384 tokens hold. Numbers don't depend on it, but for
+            rounding; sampled texts do.
+        device: `cuda` if None, and the CPU where there is none.
+
+    Raises:
+        ConfigError: a path that leads to no model, no tokenizer, a setting out of range.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str | None = None,
+        eos_token: str = "",
+        max_length: int | None = None,
+        dtype: str | None = None,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        require(dtype is None or dtype in _DTYPES, "dtype", dtype, "one of " + ", ".join(_DTYPES))
+        # The harness asks for CUDA when its user asks for nothing.
+        asked = torch.device(device or "cuda")
+        self._device = asked if asked.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+        model, own = open_model(path)
+        self.model = model.to(self._device)
+        chosen = own if tokenizer is None else load_tokenizer(tokenizer)
+        if chosen is None:
+            raise ConfigError(f"{path!r} holds no tokenizer: name one by tokenizer=")
+        self._tokenizer = chosen
+        self._eos = eos_id(chosen, eos_token)
+        self.max_length = model.config.max_seq_len if max_length is None else max_length
+        require(self.max_length >= 2, "max_length", self.max_length, "2 or more")
+        self._dtype = torch.float32 if dtype is None else _DTYPES[dtype]
+        self.batch_size = 0 if str(batch_size).startswith("auto") else int(batch_size or 1)
+        require(self.batch_size >= 0, "batch_size", batch_size, "1 or more, or auto")
+        self._path = path
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends documents, which also stands before the first one."""
+        return self._eos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests."""
+        return str(self._path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text, without special tokens: as in training."""
+        return list(self._tokenizer.encode(string, add_special_tokens=False).ids)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each whole text as a document, in windows of `max_length`, each token seen once."""
+        windows = [
+            [
+                (None, *make_disjoint_window(window))
+                for window in get_rolling_token_windows(self.tok_encode(text), self._eos, self.max_length, 1)
+            ]
+            for (text,) in (request.args for request in requests)
+        ]
+        scores = iter(self._loglikelihood_tokens(list(itertools.chain(*windows)), disable_tqdm))
+        totals = [sum(score for score, _ in itertools.islice(scores, len(parts))) for parts in windows]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Scored], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation after its context, and whether each of its tokens is the most likely one.
+
+        What doesn't fit into `max_length` is cut off at the left. Requests that differ in their last token alone, as
+        choices by letter do, are read once.
+        """
+        same: dict[tuple[int, ...], list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            allowed = f"at most max_length ({self.max_length})"
+            require(len(continuation) <= self.max_length, "tokens of a continuation", len(continuation), allowed)
+            same.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
+        answers: dict[int, tuple[float, bool]] = {}
+        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods")
+        for rows in self._batches(sorted(same, key=len, reverse=True), len):
+            hidden = self._hidden(rows)
+            order, values = [], []
+            for row, seen in zip(hidden, rows, strict=True):
+                longest = max(len(requests[i][2]) for i in same[seen])
+                with self._precision():
+                    logits = self.model.logits(row[len(seen) - longest : len(seen)])
+                log_probs = F.log_softmax(logits.float(), -1)
+                for i in same[seen]:
+                    tokens = torch.tensor(requests[i][2], dtype=torch.int64, device=self._device)
+                    own = log_probs[longest - len(tokens) :]
+                    score = own.gather(-1, tokens.unsqueeze(-1)).sum()
+                    order.append(i)
+                    values.append(torch.stack([score, (own.argmax(-1) == tokens).all()]))
+            for i, (score, greedy) in zip(order, torch.stack(values).tolist(), strict=True):
+                answers[i] = score, bool(greedy)
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+            progress.update(len(order))
+        progress.close()
+        return [answers[i] for i in range(len(requests))]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each text, up to the first of its stop texts or the end of the document.
+
+        Of a context that leaves no room for the new tokens the left is cut off, but not more than half of `max_length`.
+        """
+        alike: dict[_Generation, list[int]] = {}
+        for i, (_, settings) in enumerate(request.args for request in requests):
+            alike.setdefault(self._generation(settings), []).append(i)
+        texts: dict[int, str] = {}
+        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="generated texts")
+        for how, members in alike.items():
+            room = self.max_length - how.max_new_tokens
+            ids = {i: self.tok_encode(requests[i].args[0])[-room:] or [self._eos] for i in members}
+            for batch in self._batches(sorted(ids.items(), key=_tokens, reverse=True), _tokens, how.max_new_tokens):
+                for (i, _), text in zip(batch, self._continued([prompt for _, prompt in batch], how), strict=True):
+                    texts[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                progress.update(len(batch))
+        progress.close()
+        return [texts[i] for i in range(len(requests))]
+
+    def _continued(self, prompts: Sequence[Sequence[int]], how: _Generation) -> list[str]:
+        """New text after each prompt."""
+        new: list[list[int]] = [[] for _ in prompts]
+        ended = [False for _ in prompts]
+        # A token is a byte or more; before those a decoder may strip a space.
+        looked_at = max((len(stop.encode()) for stop in how.stop), default=0) + 1
+        # Draws follow the seed that the harness was given, which it sets for torch as a whole.
+        seed = int(torch.randint(2**31, ()))
+        with self._precision():
+            for tokens in stream(
+                self.model, prompts, how.max_new_tokens, sampling=how.sampling, stop_ids=[self._eos], seed=seed
+            ):
+                for row, token in enumerate(tokens):
+                    if token is None or ended[row]:
+                        ended[row] = True
+                        continue
+                    new[row].append(token)
+                    text = self._tokenizer.decode(new[row][-looked_at:])
+                    ended[row] = any(stop in text for stop in how.stop)
+                if all(ended):
+                    break
+        texts = [self._tokenizer.decode(tokens) for tokens in new]
+        return [text[: min((at for s in how.stop if (at := text.find(s)) >= 0), default=None)] for text in texts]
+
+    def _generation(self, settings: dict[str, Any]) -> _Generation:
+        """Settings of a task, by the names of transformers. Raises `ConfigError` for one that we haven't."""
+        until = settings.get("until") or []
+        stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+        lengths = [settings[name] for name in _LENGTHS if settings.get(name) is not None]
+        n, most = int(lengths[0]) if lengths else 256, self.max_length // 2
+        if n > most:
+            _log.warning("at most %s tokens are generated, half of max_length, not %s", most, n)
+        for name, value in settings.items():
+            known = ("until", "do_sample", *_LENGTHS, *_SAMPLING)
+            require(name in known, f"generation setting {name}", value, "one of " + ", ".join(known))
+        chosen = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
+        if not settings.get("do_sample", float(chosen.get("temperature", 0)) > 0):
+            chosen["temperature"] = 0.0
+        return _Generation(Sampling(**chosen), min(n, most), stop)
+
+    def _batches(self, rows: Sequence[T], tokens: Callable[[T], int], more: int = 0) -> Iterator[Sequence[T]]:
+        """Rows, longest first, in batches; `tokens` of a row, and so many `more`, are what `auto` counts."""
+        at = 0
+        while at < len(rows):
+            n = self.batch_size or max(1, _AUTO_TOKENS // (tokens(rows[at]) + more))
+            yield rows[at : at + n]
+            at += n
+
+    def _hidden(self, rows: Iterable[Sequence[int]]) -> Tensor:
+        """Last hidden states `[B, T, D]`; what stands after a row's tokens means nothing."""
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self._device)
+        ends = (ids == self._eos).long()
+        with self._precision():
+            return self.model.run(ids, ends.cumsum(1) - ends).hidden
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+
+def _tokens(prompt: tuple[int, list[int]]) -> int:
+    return len(prompt[1])

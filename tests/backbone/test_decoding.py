@@ -1,0 +1,140 @@
+"""Decoding in any chunks, with padding, going back and beams, gives what the whole sequence gives without a cache."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import MLA, SHAPES, V, model_of
+from torch import Tensor
+
+from engram import ConfigError, EngramLM
+from engram.backbone import DecodingState
+
+T = 17
+ROUNDING = {"rtol": 1e-9, "atol": 1e-9}
+ANGLES = {"rtol": 1e-5, "atol": 1e-6}  # those of other positions, equally far apart, are float32
+
+
+def exact(shape: str) -> EngramLM:
+    """In float64, in which agreement means the same arithmetic."""
+    return model_of(**SHAPES[shape]).double().eval()
+
+
+def step(model: EngramLM, ids: Tensor, state: DecodingState, mask: Tensor | None = None) -> Tensor:
+    return model.logits(model.step(ids, state, mask).hidden)
+
+
+@torch.no_grad()
+def uncached(model: EngramLM, ids: Tensor) -> Tensor:
+    return model(ids)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("chunks", [[1] * T, [5, 1, 1, 7, 3], [T]], ids=str)
+def test_decoding_in_any_chunks_equals_the_whole(shape: str, chunks: list[int]) -> None:
+    model, ids = exact(shape), torch.randint(0, V, (2, T))
+    state = model.init_state(2, capacity=T + 3)
+    logits = torch.cat([step(model, part, state) for part in ids.split(chunks, 1)], 1)
+    torch.testing.assert_close(logits, uncached(model, ids), **ROUNDING)
+    assert logits.std(1).min() > 1e-3  # positions differ
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("chunks", [[9, 1, 1], [3, 8], [1] * 11], ids=str)
+def test_padding_before_a_prompt_changes_nothing(shape: str, chunks: list[int]) -> None:
+    model, ids = exact(shape), torch.randint(0, V, (3, 11))
+    begins = [0, 4, 7]
+    mask = torch.arange(11) >= torch.tensor(begins).unsqueeze(1)
+    state = model.init_state(3, capacity=11)
+    parts = zip(ids.split(chunks, 1), mask.split(chunks, 1), strict=True)
+    logits = torch.cat([step(model, part, state, real) for part, real in parts], 1)
+    for row, begin in enumerate(begins):
+        alone = uncached(model, ids[row : row + 1, begin:])
+        torch.testing.assert_close(logits[row : row + 1, begin:], alone, **ANGLES)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_tokens_taken_back_leave_no_trace(shape: str, data: st.DataObject) -> None:
+    """Each sequence loses its own number of tokens, several times, and goes on with others."""
+    model, slack = exact(shape), 5
+    begins = [0, 2]
+    mask = torch.arange(4) >= torch.tensor(begins).unsqueeze(1)
+    ids = torch.randint(0, V, (2, 4))
+    seen: list[list[int]] = [row[begin:].tolist() for row, begin in zip(ids, begins, strict=True)]
+    state = model.init_state(2, capacity=60, slack=slack)
+    step(model, ids, state, mask)
+    for _ in range(3):
+        new = torch.randint(0, V, (2, data.draw(st.integers(1, 6))))
+        logits = step(model, new, state)
+        for row, before in enumerate(seen):
+            before += new[row].tolist()
+            expected = uncached(model, torch.tensor([before]))[:, -new.shape[1] :]
+            torch.testing.assert_close(logits[row : row + 1], expected, **ANGLES)
+        most = min(slack, new.shape[1])
+        lost = [data.draw(st.integers(0, most)) for _ in range(2)]
+        state.rollback(torch.tensor(lost) if lost[0] != lost[1] else lost[0])
+        seen = [before[: len(before) - n] for before, n in zip(seen, lost, strict=True)]
+
+
+@pytest.mark.parametrize("shape", ["plain", "latent", "bigram", "over encoding", "branches"])
+def test_sequences_are_chosen_and_doubled_as_beams_are(shape: str) -> None:
+    model, ids = exact(shape), torch.randint(0, V, (3, 6))
+    state = model.init_state(3, capacity=6)
+    step(model, ids, state)
+    rows = torch.tensor([2, 0, 2, 2])
+    state.select(rows)
+    state.grow(9)
+    more = torch.randint(0, V, (4, 3))
+    expected = uncached(model, torch.cat([ids[rows], more], 1))[:, 6:]
+    torch.testing.assert_close(step(model, more, state), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("shape", ["plain", "latent", "two memories"])
+def test_one_compiled_step_serves_every_token(shape: str) -> None:
+    model, ids = exact(shape), torch.randint(0, V, (2, 12))
+    state = model.init_state(2, capacity=16)
+    step(model, ids[:, :5], state)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda new: step(model, new, state), backend=counter, fullgraph=True, dynamic=False)
+    logits = torch.cat([compiled(ids[:, at : at + 1]) for at in range(5, 12)], 1)
+    torch.testing.assert_close(logits, uncached(model, ids)[:, 5:], **ROUNDING)
+    assert counter.frame_count == 1
+
+
+def test_float32_decoding_agrees_to_rounding_under_autocast_too() -> None:
+    for attention in ({}, {"attention": MLA}):
+        model, ids = model_of(**attention).eval(), torch.randint(0, V, (2, T))
+        for bf16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                state = model.init_state(2, capacity=T)
+                logits = torch.cat([step(model, part, state) for part in ids.split([6] + [1] * 11, 1)], 1)
+                whole = uncached(model, ids)
+            tolerance = 0.1 if bf16 else 1e-4
+            assert (logits - whole).abs().max() < tolerance * whole.abs().max()
+
+
+def test_a_step_that_cannot_be_taken_is_refused() -> None:
+    model = model_of()
+    state = model.init_state(2, capacity=4, slack=2)
+    refused: list[tuple[str, Any]] = [
+        ("batch size is 1", lambda: model.step(torch.zeros(1, 1, dtype=torch.int64), state)),
+        ("number of tokens is 5", lambda: model.step(torch.zeros(2, 5, dtype=torch.int64), state)),
+        ("token id is 80", lambda: model.step(torch.full((2, 1), V), state)),
+        ("tokens to take back is 1: allowed is 0 to 0", lambda: state.rollback(1)),
+        ("capacity is 3", lambda: state.grow(3)),
+        ("slack is -1", lambda: model.init_state(2, 4, -1)),
+        ("capacity is 0", lambda: model.init_state(2, 0)),
+    ]
+    for message, call in refused:
+        with pytest.raises(ConfigError, match=message):
+            call()
+    model.step(torch.zeros(2, 3, dtype=torch.int64), state)
+    state.rollback(1)
+    with pytest.raises(ConfigError, match="tokens to take back is 2: allowed is 0 to 1"):
+        state.rollback(2)

@@ -1,0 +1,273 @@
+"""EngramLM through transformers: the same logits, kept and loaded, and all of `generate` on its cache."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from engram import ConfigError, EngramLM, ModelConfig
+from engram.inference import generate
+from engram.interop.causal_lm import EngramConfig, EngramForCausalLM
+from engram.training.tokenizer import train_bpe
+from engram.training.weights import load_model, save_model
+
+V = 40
+LOOKUP = torch.arange(V) // 2
+CONFIG: dict[str, Any] = {
+    "vocab_size": V,
+    "d_model": 24,
+    "n_layers": 2,
+    "attention": {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1, "head_dim": 12},
+    "dense_width": 32,
+    "experts": {"n_experts": 4, "top_k": 2, "width": 12},
+    "memory": {"layers": [1], "rows": [31, 37], "n_heads": 2, "row_width": 4},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied, branches": {"tied": True, "branches": 2},
+    "raw ids": {"memory": {**CONFIG["memory"], "compress": False}},
+    "over encoding": {"memory": {**CONFIG["memory"], "kind": "over_encoding"}},
+    "no memory": {"memory": None},
+}
+
+
+def causal(lookup: Tensor | None = LOOKUP, **changes: Any) -> EngramForCausalLM:
+    """With a convolution, and logits so far apart that rounding does not choose the likeliest."""
+    model = EngramForCausalLM(EngramConfig(**{**CONFIG, **changes}), lookup).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "conv_weight" in name or "table" in name or name == "head.weight":
+                parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_saved_is_loaded_by_auto_classes_with_the_same_logits(shape: str, tmp_path: Path) -> None:
+    model, ids = causal(**SHAPES[shape]), torch.randint(0, V, (2, 9))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, EngramForCausalLM)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), EngramConfig)
+    assert loaded.config.model_config() == model.lm.config
+    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_the_token_compression_comes_with_the_weights(tmp_path: Path) -> None:
+    """Ids that it makes one are one for the memory, and the loaded model still hashes by it."""
+    model = causal()
+    model.save_pretrained(tmp_path)
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(0, V, (1, 9))
+    same = ids ^ 1
+    reader = loaded.lm.memory["1"].reader
+    assert torch.equal(reader(ids), reader(same))
+    raw = EngramForCausalLM(model.config)
+    assert not torch.equal(raw.lm.memory["1"].reader(ids), raw.lm.memory["1"].reader(same))
+    raw.load_state_dict(model.state_dict())
+    assert torch.equal(raw.lm.memory["1"].reader(ids), model.lm.memory["1"].reader(ids))
+
+
+def test_either_reads_what_the_other_wrote(tmp_path: Path) -> None:
+    ids = torch.randint(0, V, (2, 9))
+    own = EngramLM(ModelConfig.from_dict(CONFIG), LOOKUP).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(save_model(own, tmp_path / "own", LOOKUP))
+    assert torch.equal(loaded.eval()(ids).logits, own(ids))
+    loaded.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(load_model(tmp_path / "theirs").eval()(ids), own(ids))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_generate_with_its_cache_equals_without_and_equals_ours(shape: str) -> None:
+    """Greedy, prompts of unequal length padded on the left, past where the cache grows."""
+    model = causal(**SHAPES[shape]).double()
+    prompts = [[3, 0, 5], [7, 1, 0, 12, 4], [9]]
+    ids, mask = left_padded(prompts)
+    settings: dict[str, Any] = {"max_new_tokens": 140, "do_sample": False, "attention_mask": mask}
+    cached = model.generate(ids, **settings, pad_token_id=0)
+    assert cached[:, 5:].tolist() == generate(model.lm, prompts, 140)
+    short = {**settings, "max_new_tokens": 20}
+    assert torch.equal(model.generate(ids, **short, use_cache=False, pad_token_id=0), cached[:, :25])
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    return ids, torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 4},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 5, "temperature": 1.5, "num_return_sequences": 3},
+        {"prompt_lookup_num_tokens": 4, "batch": 1},
+        {"repetition_penalty": 1.5},
+        {"prefill_chunk_size": 2},
+    ],
+    ids=str,
+)
+def test_every_way_to_generate_is_the_same_with_and_without_the_cache(settings: dict[str, Any]) -> None:
+    model = causal().double()
+    settings = dict(settings)
+    ids, mask = left_padded([[3, 0, 5, 3, 0, 5, 3, 0], [7, 1, 0, 12, 4]][: settings.pop("batch", 2)])
+    common: dict[str, Any] = {"max_new_tokens": 12, "pad_token_id": 0, "attention_mask": mask}
+    outputs = []
+    for cached in (True, False):
+        chosen = dict(settings)
+        if not cached:
+            chosen.pop("prefill_chunk_size", None)  # there is none without a cache
+            chosen.pop("prompt_lookup_num_tokens", None)  # these too
+        torch.manual_seed(5)
+        outputs.append(model.generate(ids, use_cache=cached, **{"do_sample": False, **chosen}, **common))
+    assert torch.equal(*outputs)
+
+
+def test_a_cache_given_back_goes_on_where_it_was() -> None:
+    """A second turn of a conversation, as transformers shows it."""
+    model, ids = causal().double(), torch.randint(0, V, (1, 6))
+    first = model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    turn = torch.cat([first.sequences, torch.randint(0, V, (1, 4))], 1)
+    again = model.generate(turn, cache=first.cache, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(again, model.generate(turn, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0))
+
+
+def test_documents_packed_by_position_ids_are_apart() -> None:
+    model, ids = causal().double(), torch.randint(0, V, (1, 11))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]])
+    logits = model(ids, position_ids=positions).logits
+    for part in ([0, 4], [4, 7], [7, 11]):
+        alone = model(ids[:, slice(*part)]).logits
+        torch.testing.assert_close(logits[:, slice(*part)], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_on_either_side_changes_nothing() -> None:
+    model, ids = causal().double(), torch.randint(0, V, (2, 10))
+    mask = torch.tensor([[0] * 3 + [1] * 7, [1] * 6 + [0] * 4])
+    logits = model(ids, attention_mask=mask).logits
+    for row, part in enumerate([slice(3, None), slice(0, 6)]):
+        alone = model(ids[row : row + 1, part]).logits
+        torch.testing.assert_close(logits[row : row + 1, part], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_of_the_next_tokens_and_trains_every_part() -> None:
+    model, ids = causal(), torch.randint(0, V, (2, 9))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    output = model(ids, labels=labels)
+    targets = labels[:, 1:]
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_some_logits_alone_are_those_of_all() -> None:
+    model, ids = causal(), torch.randint(0, V, (2, 9))
+    every = model(ids).logits
+    assert torch.equal(model(ids, logits_to_keep=3).logits, every[:, -3:])
+    assert torch.equal(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, every[:, [1, 4]])
+    assert torch.equal(model(ids, return_dict=False)[0], every)
+
+
+def test_a_device_map_places_and_offloads_without_changing_anything(tmp_path: Path) -> None:
+    model, ids = causal(), torch.randint(0, V, (2, 9))
+    model.save_pretrained(tmp_path / "model")
+    on_disk = {
+        name: "disk" if name in ("memory", "blocks") else "cpu"
+        for name in (*dict(model.named_children()), "token_lookup")
+    }
+    for places in ("auto", "cpu", on_disk):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+        )
+        assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+        made = loaded.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert torch.equal(made, model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0))
+
+
+def test_copies_and_replaced_children_are_the_models_own() -> None:
+    """A copy computes with its own weights, and what peft or a quantiser would put in a child's place is used."""
+    model, ids = causal(), torch.randint(0, V, (1, 7))
+    copy = deepcopy(model)
+    with torch.no_grad():
+        copy.get_submodule("embed").weight.zero_()
+    assert not torch.equal(copy(ids).logits, model(ids).logits)
+    assert torch.equal(copy(ids).logits, copy.lm(ids))
+    copy.norm = torch.nn.Identity()
+    assert copy.lm.norm is copy.norm
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    model = causal()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "checksums.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["memory"]["rows"] = [31, 61]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"memory\.1\.table\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_damage_and_another_hash_are_refused_before_transformers_loads(tmp_path: Path) -> None:
+    causal().save_pretrained(tmp_path / "theirs")
+    weights = tmp_path / "theirs" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-3] ^= 16
+    weights.write_bytes(damaged)
+    with pytest.raises(ConfigError, match="is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    own = save_model(EngramLM(ModelConfig.from_dict(CONFIG), LOOKUP), tmp_path / "own", LOOKUP)
+    config = json.loads((own / "config.json").read_text())
+    config["memory"]["seed"] = 5
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="seed"):
+        AutoModelForCausalLM.from_pretrained(own)
+
+
+def test_what_is_not_supported_is_refused() -> None:
+    model, ids = causal(), torch.randint(0, V, (1, 3))
+    refused: list[tuple[str, Any]] = [
+        ("input_ids is None", lambda: model(inputs_embeds=torch.randn(1, 3, 24))),
+        ("inputs_embeds", lambda: model(ids, inputs_embeds=torch.randn(1, 3, 24))),
+        ("output_hidden_states", lambda: model(ids, output_hidden_states=True)),
+        ("new_num_tokens is 50", lambda: model.resize_token_embeddings(50)),
+        (
+            "attention.n_heads is missing",
+            lambda: EngramForCausalLM(EngramConfig(**{**CONFIG, "attention": {"kind": "gqa"}})),
+        ),
+    ]
+    for message, call in refused:
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+def test_a_folder_of_ours_has_all_that_transformers_needs_for_text(tmp_path: Path) -> None:
+    """Model, tokenizer and the token that ends a text, by the Auto classes alone."""
+    tokenizer = train_bpe(["a text to learn from, and some more of it"], 280)
+    own = EngramLM(ModelConfig.from_dict({**CONFIG, "vocab_size": 280}), torch.arange(280) // 2)
+    save_model(own, tmp_path, None, tokenizer)
+    loaded, theirs = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "some more text"
+    assert theirs(text).input_ids == tokenizer.encode(text).ids
+    assert theirs.decode(theirs(text).input_ids) == text
+    assert loaded.generation_config.eos_token_id == theirs.eos_token_id == tokenizer.token_to_id("<|eos|>")
+    assert theirs.pad_token_id == tokenizer.token_to_id("<|pad|>")
+    made = loaded.generate(**theirs(text, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert made[0, -8:].tolist() == generate(own.eval(), [tokenizer.encode(text).ids], 8)[0]
+
+
+def test_what_transformers_saved_is_held_against_an_edited_config_too(tmp_path: Path, recwarn: Any) -> None:
+    causal().save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert not [w for w in recwarn if "trained with" in str(w.message)]
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["memory"]["seed"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (load_model, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ConfigError, match=r"memory\.seed is 5: the weights were trained with 0"):
+            load(tmp_path)
