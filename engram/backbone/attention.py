@@ -23,8 +23,8 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: GQAConfig, d_model: int, norm_eps: float, output_scale: float = 1.0) -> None:
         super().__init__()
         self.config = config
-        self.split = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-        self.qkv = nn.Linear(d_model, sum(self.split), bias=False)
+        self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        self.qkv = nn.Linear(d_model, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.n_heads * config.head_dim, d_model, bias=False)
         self.q_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
@@ -49,10 +49,8 @@ class GroupedQueryAttention(nn.Module):
 
     def _heads(self, x: Tensor, at: Positions | Places) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[B, T, h, c]`, normed and turned."""
-        q, k, v = (
-            rearrange(part, "B T (h c) -> B T h c", c=self.config.head_dim)
-            for part in self.qkv(x).split(self.split, dim=-1)
-        )
+        heads = rearrange(self.qkv(x), "B T (h c) -> B T h c", c=self.config.head_dim)
+        q, k, v = heads.split(self.heads, dim=2)
         return _turn(q, at, self.q_norm), _turn(k, at, self.k_norm), v
 
 
