@@ -48,7 +48,10 @@ class OffloadedTable(ReadOnlyTable):
         self._ways: dict[torch.device, ReadByThread | ReadFromPinned] = {}
 
     def start(self, rows: Tensor) -> Callable[[], Tensor]:
-        """As `MemoryTable.start`; raises as `forward`. In compiled graphs nothing begins before values are wanted."""
+        """As `MemoryTable.start`, for rows that do not change until their values are there; raises as `forward`.
+
+        In compiled graphs nothing begins before values are wanted.
+        """
         self._refuse_to_learn()
         if torch.compiler.is_compiling():
             return partial(_read_offloaded, rows, self._number)
@@ -95,7 +98,7 @@ class OffloadedTable(ReadOnlyTable):
 class HostTable(OffloadedTable):
     """Rows in the host's memory, pinned if `pinned` says so and there is a CUDA device.
 
-    Where values are wanted on the CPU, rows are read when they are asked for, unless there is a cache.
+    Where values are wanted on the CPU, rows are read when they are asked for, and not counted, unless there is a cache.
     """
 
     def __init__(self, records: Tensor, fmt: RowFormat, cache_rows: int = 0, pinned: bool = True) -> None:

@@ -116,13 +116,17 @@ class ReadByThread:
                 records = pick_rows(self.cache.records, self._send(slots), loaded, self._send(at))
             values = gather_rows(self.fmt.decode(records), self._send(place))
             done = None if self._side is None else self._side.record_event()
-            if self.cache is not None:
-                self.cache.count(distinct, counts)
+        if self.cache is not None:  # when these values are there: they shall not wait for others to be chosen
+            self._thread.submit(self._count, self.cache, distinct, counts)
         self.stats.lookups += rows.numel()
         self.stats.hits += int(counts[~missed].sum())
         self.stats.bytes_moved += int(missed.sum()) * self.fmt.row_bytes
         self.stats.fetch_seconds += time.perf_counter() - began
         return values, done
+
+    def _count(self, cache: RowCache, rows: Tensor, counts: Tensor) -> None:
+        with self._on_side():
+            cache.count(rows, counts)
 
     def _on_side(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._side is None else torch.cuda.stream(self._side)

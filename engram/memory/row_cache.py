@@ -17,8 +17,8 @@ PERIOD = 2**16  # reads between two choices of the hot rows, at least
 class RowCache:
     """Up to `capacity` records of a table, found by row.
 
-    Counts are exact while few rows are known and kept of four times the capacity, the most frequent; they halve with
-    each choice. A row comes in when it is counted twice, or it would not be worth its copy.
+    Counts are exact while few rows are known and kept of four times the capacity, the most frequent; when the cache is
+    full they halve with each choice. A row comes in when it is counted twice, or it would not be worth its copy.
 
     Args:
         capacity: rows to hold at most, 1 or more.
@@ -53,8 +53,12 @@ class RowCache:
         """Note reads of rows `[n]`, each `counts` times, or once; after enough of them, `refresh`."""
         self._seen.append((rows, torch.ones(len(rows), device=rows.device) if counts is None else counts.float()))
         self._n_seen += len(rows)
-        if self._n_seen >= max(self.capacity, PERIOD):
+        if self._n_seen >= (max(self.capacity, PERIOD) if self._full else PERIOD):
             self.refresh()
+
+    @property
+    def _full(self) -> bool:
+        return len(self.rows) == self.capacity
 
     def refresh(self, least: int = 2) -> None:
         """Hold the rows read most often of all that were counted `least` times or are here."""
@@ -70,7 +74,7 @@ class RowCache:
         worth = total.masked_fill((here < 0) & (total < least), 0)
         hot = worth.topk(min(self.capacity, len(worth))).indices
         self._hold(known[hot[worth[hot] > 0]].sort().values)
-        self._known, self._counts = known, total / 2
+        self._known, self._counts = known, total / 2 if self._full else total
 
     def _hold(self, rows: Tensor) -> None:
         if not len(rows):

@@ -79,6 +79,16 @@ def test_a_new_scale_is_the_smallest_power_of_two_that_holds_the_block(largest: 
     torch.testing.assert_close(decode(codes, powers, 1), new, rtol=1 / 16, atol=0)
 
 
+def test_what_e4m3_lacks_becomes_nan_and_leaves_its_blocks_other_values_alone() -> None:
+    for odd in (math.inf, -math.inf, math.nan):
+        values, scales = stored(1, 32, 1, scale=130)
+        new = torch.full((1, 32), 1000.0)
+        new[0, 3] = odd
+        found = decode(*encode(new, values, scales, 1), 1)
+        assert found.isnan().nonzero().tolist() == [[0, 3]]
+        torch.testing.assert_close(found[new == 1000], new[new == 1000], rtol=1 / 16, atol=0)
+
+
 def test_a_block_of_zeros_is_zeros() -> None:
     values, scales = stored(1, 32, 1, scale=130)
     assert (decode(*encode(torch.zeros(1, 32), values, scales, 1), 1) == 0).all()

@@ -267,6 +267,20 @@ def test_processes_share_what_is_in_memory_of_a_file(tmp_path: Path) -> None:
 # Fetching ahead.
 
 
+def test_what_is_read_is_counted(tmp_path: Path) -> None:
+    table = MemoryTable(300, 8, torch.bfloat16).to_disk(tmp_path / "table", cache_rows=2)
+    with torch.no_grad():
+        table(torch.tensor([[[1, 2, 2, 3]]]))
+        assert (table.stats().lookups, table.stats().hits, table.stats().bytes_moved) == (4, 0, 3 * 16)
+        table.reset_stats()
+        table.warm(torch.tensor([2, 2, 3, 3, 4]))
+        table(torch.tensor([[[1, 2, 2, 3]]]))
+    stats = table.stats()
+    assert (stats.lookups, stats.hits, stats.hit_rate, stats.bytes_moved) == (4, 3, 0.75, 16)
+    assert 0 < stats.fetch_seconds <= stats.wait_seconds < 10
+    assert stats.bytes_per_second == 16 / stats.fetch_seconds
+
+
 def test_rows_are_on_their_way_before_they_are_asked_for(tmp_path: Path) -> None:
     table = MemoryTable(300, 4).to_disk(tmp_path / "table")
     read, load = threading.Event(), table._load
