@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from engram import ConfigError
+from engram.inference.offload import offload
 from engram.interop import attach
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -213,6 +215,16 @@ def test_a_compiled_model_decodes_as_one_that_is_not(llama: PreTrainedModel, sta
     torch.testing.assert_close(torch.cat(pieces, 1), logits(llama, ids, use_cache=False), **CLOSE)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # one for the first step, one for any
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_tables_off_the_device_write_the_same(place: Any, tmp_path: Path) -> None:
+    model, ids = host(), some_ids(2, 8)
+    attached(model)
+    options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    written = model.generate(ids, **options)
+    offload(model, place, folder=tmp_path if place == "disk" else None)
+    assert torch.equal(model.generate(ids, **options), written)
 
 
 def test_every_id_of_the_vocabulary_is_allowed_and_no_other(llama: PreTrainedModel) -> None:
