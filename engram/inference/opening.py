@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
 
 from engram.backbone import EngramLM
-from engram.config import ConfigError, ModelConfig
+from engram.config import ConfigError, ModelConfig, require, require_one_of
+from engram.inference.offload import offload, offload_from, quantize
+from engram.memory import MemoryTable
+from engram.memory.row_formats import RowKind
 from engram.parallel.checkpoint import CHECKPOINTS, is_checkpoint, last_checkpoint, load, read_run
 from engram.training.tokenizer import load_tokenizer
 from engram.training.weights import load_model
 
+Tables = Literal["device", "host", "disk"]
 
-def open_model(path: str | Path) -> tuple[EngramLM, Tokenizer | None]:
+
+def open_model(
+    path: str | Path, tables: Tables = "device", *, cache_rows: int = 0, rows: RowKind = "float"
+) -> tuple[EngramLM, Tokenizer | None]:
     """A model in evaluation mode, on the CPU, and the tokenizer it was trained with if that is there too.
 
     Args:
         path: a model's folder (`config.json`), a run's folder (its `model`, or if that is not there its last
             checkpoint), or a checkpoint's folder.
+        tables: where memory tables stay when the model is moved: nowhere, on the host, or in the model's own files.
+        cache_rows: frequent rows of each table to keep on the device, where tables stay elsewhere.
+        rows: as they are (`float`), or quantized (`int8`, `fp8`); those on disk are as they are.
 
     Raises:
-        ConfigError: naming the path, if it leads to no model, or to one that can't be read.
+        ConfigError: naming the path, if it leads to no model, or to one that can't be read; a place, cache or kind of
+            rows that can't be had.
     """
-    folder = Path(path)
+    require_one_of("tables", tables, Tables)
+    require(tables != "device" or not cache_rows, "cache_rows", cache_rows, "0 with tables on the device")
+    require(tables != "disk" or rows == "float", "rows", rows, "float with tables on disk, in the model's own files")
+    model, tokenizer, files = _open(Path(path))
+    if any(isinstance(module, MemoryTable) for module in model.modules()):
+        if tables == "host":
+            offload(model, "host", cache_rows=cache_rows, rows=rows)
+        elif tables == "disk":
+            require(files is not None, "tables", tables, f"device or host for a checkpoint: {str(path)!r} is one")
+            assert files is not None
+            offload_from(model, files, cache_rows=cache_rows)
+        elif rows != "float":
+            quantize(model, rows)
+    return model, tokenizer
+
+
+def _open(folder: Path) -> tuple[EngramLM, Tokenizer | None, Path | None]:
+    """The model, its tokenizer, and the folder of its safetensors if that is what it comes from."""
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             named = candidate / "tokenizer.json"
-            return load_model(candidate).eval(), load_tokenizer(str(named)) if named.is_file() else None
+            return load_model(candidate).eval(), load_tokenizer(str(named)) if named.is_file() else None, candidate
     checkpoint = last_checkpoint(folder / CHECKPOINTS) or folder
     if not is_checkpoint(checkpoint):
         raise ConfigError(f"{str(folder)!r} is no model's folder, no run's, and no checkpoint's")
@@ -37,4 +66,4 @@ def open_model(path: str | Path) -> tuple[EngramLM, Tokenizer | None]:
         model = EngramLM(ModelConfig.from_dict(run["model_config"]), run["token_lookup"])
     load(checkpoint, model)
     text = run["tokenizer_json"]
-    return model.eval(), Tokenizer.from_str(text) if text is not None else None
+    return model.eval(), Tokenizer.from_str(text) if text is not None else None, None

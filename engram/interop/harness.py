@@ -181,6 +181,8 @@ class EngramHarness(TemplateLM):
         """New text after each prompt."""
         new: list[list[int]] = [[] for _ in prompts]
         ended = [False for _ in prompts]
+        # A token is a byte or more; before those a decoder may strip a space.
+        looked_at = max((len(stop.encode()) for stop in how.stop), default=0) + 1
         # Draws follow the seed that the harness was given, which it sets for torch as a whole.
         seed = int(torch.randint(2**31, ()))
         with self._precision():
@@ -192,7 +194,7 @@ class EngramHarness(TemplateLM):
                         ended[row] = True
                         continue
                     new[row].append(token)
-                    text = self._tokenizer.decode(new[row])
+                    text = self._tokenizer.decode(new[row][-looked_at:])
                     ended[row] = any(stop in text for stop in how.stop)
                 if all(ended):
                     break

@@ -5,6 +5,7 @@ with a plain-torch reference that runs anywhere and, where a compiler is at hand
 """
 
 from engram.kernels.causal_attention import attention, has_attention
+from engram.kernels.elsewhere import gather_mapped, pick_rows, picks_from_host
 from engram.kernels.fusion import Fused, fuse_memory
 from engram.kernels.grouped_swiglu import grouped_swiglu, has_grouped_swiglu
 from engram.kernels.hashing import hash_ngrams
@@ -27,6 +28,7 @@ __all__ = [
     "combine_rows",
     "cross_entropy_",
     "fuse_memory",
+    "gather_mapped",
     "gather_rows",
     "grouped_swiglu",
     "has_attention",
@@ -38,6 +40,8 @@ __all__ = [
     "load_native",
     "norm_rotate",
     "orthogonalize",
+    "pick_rows",
+    "picks_from_host",
     "read_branches",
     "rms_norm",
     "route",

@@ -12,20 +12,26 @@ from engram.memory.baselines import AdditiveBigram, OverEncoding, UngatedMemory
 from engram.memory.compression import TokenCompressor
 from engram.memory.hashing import HashState, NgramHasher, table_sizes
 from engram.memory.layer import Engram, EngramState
+from engram.memory.offloaded import DiskTable, HostTable, OffloadedTable
+from engram.memory.read_only import ReadOnlyTable
 from engram.memory.readers import RowReader
 from engram.memory.table import MemoryTable
 
 __all__ = [
     "MEMORIES",
     "AdditiveBigram",
+    "DiskTable",
     "Engram",
     "EngramState",
     "HashState",
+    "HostTable",
     "Memory",
     "MemoryModules",
     "MemoryTable",
     "NgramHasher",
+    "OffloadedTable",
     "OverEncoding",
+    "ReadOnlyTable",
     "RowReader",
     "TokenCompressor",
     "build_memory",

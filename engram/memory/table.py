@@ -10,7 +10,8 @@ import itertools
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,11 @@ from engram.config import require
 from engram.kernels import gather_rows, load_kernels
 from engram.kernels.library import LIBRARY, define
 from engram.kernels.random import fill_normal_
+from engram.memory.row_formats import FloatRows, RowKind
+
+if TYPE_CHECKING:
+    from engram.memory.offloaded import DiskTable, HostTable
+    from engram.memory.read_only import ReadOnlyTable
 
 
 class MemoryTable(nn.Module):
@@ -75,14 +81,36 @@ class MemoryTable(nn.Module):
         """
         return partial(self, rows)
 
+    def read_only(self, rows: RowKind = "float") -> ReadOnlyTable:
+        """A table of these rows that is only read: as they are and where they are, or quantized (`int8`, `fp8`)."""
+        from engram.memory.read_only import ReadOnlyTable
+
+        weight = self.weight.detach()
+        table = ReadOnlyTable(weight.view(torch.uint8), FloatRows(weight.shape[1], weight.dtype))
+        return table.requires_grad_(self.weight.requires_grad).read_only(rows)
+
+    def to_host(self, pinned: bool = True, cache_rows: int = 0, rows: RowKind = "float") -> HostTable:
+        """A table that keeps these rows in the host's memory, those that lie there already without a copy.
+
+        `pinned`: locked there for a CUDA device to read, if there is one. `cache_rows`: frequent rows to keep on the
+        device where they are used. `rows`: as they are (`float`), or quantized (`int8`, `fp8`).
+        """
+        return self.read_only().to_host(pinned, cache_rows, rows)
+
+    def to_disk(self, path: str | Path, cache_rows: int = 0, rows: RowKind = "float") -> DiskTable:
+        """Write these rows to a file, and give a table that reads them there; the rest as for `to_host`.
+
+        Raises `ConfigError` if `path` is something else than a table of the same rows, or the disk refuses.
+        """
+        return self.read_only().to_disk(path, cache_rows, rows)
+
     def extra_repr(self) -> str:
         n_rows, width = self.weight.shape
         return f"n_rows={n_rows}, width={width}, dtype={self.weight.dtype}"
 
     def _enter(self) -> None:
         """Get a number by which compiled backward passes find this table, and an anchor on its device."""
-        self._number = next(_NUMBERS)
-        _TABLES[self._number] = self
+        self._number = register(self)
         # Something small that takes a gradient, or autograd would not go back through the reading at all.
         self._anchor = torch.zeros(1, device=self.weight.device, requires_grad=True)
 
@@ -94,6 +122,18 @@ class MemoryTable(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._enter()  # a copy is another table
+
+
+def register(table: MemoryTable) -> int:
+    """A number by which operators find a table, as long as somebody else keeps it."""
+    number = next(_NUMBERS)
+    _TABLES[number] = table
+    return number
+
+
+def table_of(number: int) -> MemoryTable:
+    """The table of a number."""
+    return _TABLES[number]
 
 
 def concatenated(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,7 +174,7 @@ _TABLES: weakref.WeakValueDictionary[int, MemoryTable] = weakref.WeakValueDictio
 
 
 def _keep_row_gradient_now(grad: Tensor, rows: Tensor, number: int, call: int) -> Tensor:
-    weight = _TABLES[number].weight
+    weight = table_of(number).weight
     # Copies: the compiled graph goes on to use the memory of what it passed.
     sparse = _row_sparse(grad.to(weight.dtype, copy=True), rows.clone(), weight.shape)
     weight.grad = sparse if weight.grad is None else weight.grad + sparse

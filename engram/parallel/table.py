@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engram.config import ConfigError
 from engram.kernels import combine_rows, gather_rows
 from engram.kernels.random import fill_normal_
-from engram.memory import MemoryTable
+from engram.memory import MemoryTable, ReadOnlyTable
+from engram.memory.row_formats import RowKind
 from engram.parallel.mesh import Mesh
 
 Group = dist.ProcessGroup
@@ -194,6 +196,10 @@ class ShardedTable(MemoryTable):
         all_places, all_grads = (_gathered(x, self.replicas).unflatten(0, (len(counts), most)) for x in filled)
         places = torch.cat([part[:n] for part, n in zip(all_places, counts, strict=True)])
         return places, torch.cat([part[:n] for part, n in zip(all_grads, counts, strict=True)])
+
+    def read_only(self, rows: RowKind = "float") -> ReadOnlyTable:
+        """Raises `ConfigError`: no process has all rows."""
+        raise ConfigError("a sharded table cannot leave its device: save the model, and offload it where it is loaded")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}: rows {self.rank}::{self.n_shards} of {self.n_rows}"

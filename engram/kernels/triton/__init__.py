@@ -21,7 +21,7 @@ def register() -> bool:
     """Put the kernels under the CUDA key; False, and nothing done, without Triton. Only the first call does it."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from engram.kernels.triton import fusion_backward, fusion_forward, hashing, rows, sinkhorn, swiglu
+    from engram.kernels.triton import elsewhere, fusion_backward, fusion_forward, hashing, rows, sinkhorn, swiglu
     from engram.kernels.triton import gather as gather  # defines an operator
 
     kernels: dict[str, Callable[..., Any]] = {
@@ -31,6 +31,7 @@ def register() -> bool:
         "fuse_memory_backward": fusion_backward.fuse_memory_backward_triton,
         "combine_rows": rows.combine_rows_triton,
         "row_adam_": rows.row_adam_triton_,
+        "pick_rows": elsewhere.pick_rows_triton,
         "sinkhorn": sinkhorn.sinkhorn_triton,
         "sinkhorn_backward": sinkhorn.sinkhorn_backward_triton,
         "read_branches": sinkhorn.read_branches_triton,

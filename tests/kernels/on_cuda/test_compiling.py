@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from engram.kernels.triton import (  # noqa: E402
+    elsewhere,
     fusion_backward,
     fusion_forward,
     hashing,
@@ -31,6 +32,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 
 
@@ -109,6 +111,14 @@ def test_rows(dtype: torch.dtype, compiled: list[Any]) -> None:
     assert len(compiled) == 5
 
 
+def test_rows_picked_from_elsewhere(compiled: list[Any]) -> None:
+    rows, slots = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64)
+    for row_bytes in (160, 84, 7):
+        table = torch.zeros(9, row_bytes, dtype=torch.uint8)
+        assert elsewhere.pick_rows_triton(table, slots, table, rows).shape == (2, 5, row_bytes)
+    assert len(compiled) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swiglu(dtype: torch.dtype, compiled: list[Any]) -> None:
     x, weights = torch.randn(5, 96).to(dtype), torch.rand(5)
@@ -128,7 +138,9 @@ def test_hyper_connections(M: int, stream: torch.dtype, compiled: list[Any]) -> 
     assert all(kernel.asm["cubin"] for kernel in compiled)
 
 
-@pytest.mark.parametrize("name", ["hash_ngrams", "hash_gather", "fuse_memory", "row_adam_", "swiglu_backward"])
+@pytest.mark.parametrize(
+    "name", ["hash_ngrams", "hash_gather", "fuse_memory", "row_adam_", "pick_rows", "swiglu_backward"]
+)
 def test_operators_have_a_kernel_for_cuda(name: str) -> None:
     assert register()
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"engram::{name}", "CUDA")

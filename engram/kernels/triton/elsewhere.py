@@ -1,0 +1,49 @@
+"""`pick_rows` for CUDA, in Triton (reference: engram/kernels/elsewhere.py): also from pinned memory of the host.
+
+A program asks for several rows at once. Of those that are cached nothing goes over the bus; the others cross it once
+for each time they are read, and the host has no part in it.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engram.kernels.triton.launch import ceil_div
+
+
+@triton.jit(do_not_specialize=["N"])
+def _pick_kernel(cache, slots, table, rows, out, N, S: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    w = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    there = i < N
+    row = tl.load(rows + i, mask=there, other=0)
+    slot = tl.load(slots + i, mask=there, other=0)
+    mask = there[:, None] & (w < S)[None, :]
+    cached = mask & (slot >= 0)[:, None]
+    elsewhere = mask & (slot < 0)[:, None]
+    near = tl.load(cache + slot[:, None] * S + w[None, :], mask=cached, other=0)
+    far = tl.load(table + row[:, None] * S + w[None, :], mask=elsewhere, other=0)
+    tl.store(out + i[:, None] * S + w[None, :], tl.where(cached, near, far), mask=mask)
+
+
+def pick_rows_triton(cache: Tensor, slots: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """As `pick_rows_reference`, with records of bytes."""
+    picked = cache.new_empty(*slots.shape, cache.shape[1])
+    N, S = slots.numel(), cache.shape[1]
+    if not N:
+        return picked
+    # In the widest numbers that records are made of: a load has one address for each.
+    number = torch.int32 if S % 4 == 0 and not (table.data_ptr() | cache.data_ptr()) % 4 else torch.uint8
+    parts = [x.contiguous().view(number) for x in (cache, table, picked)]
+    S = S // number.itemsize
+    width = min(triton.next_power_of_2(S), 256)
+    count = max(512 // width, 1)
+    _pick_kernel[(ceil_div(N, count), ceil_div(S, width))](
+        parts[0], slots.contiguous(), parts[1], rows.contiguous(), parts[2],
+        N, S=S, ROWS=count, WIDTH=width, num_warps=4,
+    )  # fmt: skip
+    return picked

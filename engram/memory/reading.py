@@ -1,0 +1,207 @@
+"""How rows that lie elsewhere come to where they are used, while something else is computed.
+
+Each way has `start(rows)`, which begins, and returns what waits: a thread of the host gathers them, from memory or
+disk, and a side stream copies them to the device; or the device reads the host's pinned memory on a side stream.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram.kernels import gather_rows, pick_rows
+from engram.memory.row_cache import RowCache
+from engram.memory.row_formats import RowFormat
+
+Load = Callable[[Tensor], Tensor]
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class ReadStats:
+    """What reading rows took since the start, or since `reset_stats`.
+
+    lookups: rows asked for, each as often as it was. hits: those of them that the cache had. bytes_moved: read from
+    host or disk for the others. fetch_seconds: time that the thread worked, where one gathers. wait_seconds: time that
+    whoever asked waited for it.
+    """
+
+    lookups: int = 0
+    hits: int = 0
+    bytes_moved: int = 0
+    fetch_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def __add__(self, other: ReadStats) -> ReadStats:
+        return ReadStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of lookups that the cache had."""
+        return self.hits / self.lookups if self.lookups else 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes moved in a second of the thread's work; 0 where no thread gathers."""
+        return self.bytes_moved / self.fetch_seconds if self.fetch_seconds else 0.0
+
+
+class ReadByThread:
+    """A thread gathers distinct rows, of which the cache has some, and sends the others to the device.
+
+    Args:
+        load: distinct rows `[n]`, ascending, on the CPU -> their records `[n, S]` there.
+        fmt: of records.
+        cache_rows: rows to keep on the device, 0 for none.
+        device: where values are wanted.
+    """
+
+    def __init__(self, load: Load, fmt: RowFormat, cache_rows: int, device: torch.device) -> None:
+        self.load, self.fmt, self.device = load, fmt, device
+        self.stats = ReadStats()
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.cache: RowCache | None = None
+        if cache_rows:
+            with self._on_side():
+                self.cache = RowCache(cache_rows, lambda rows: self._send(load(rows)), fmt.row_bytes, device, _CPU)
+        # One thread: reads come in the order in which they were begun, and the cache needs no lock.
+        self._thread = ThreadPoolExecutor(1, "engram-rows")
+
+    def start(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Begin to bring rows `[..., H]`; the values, `[..., H, width]`, when what is returned is called."""
+        known: torch.cuda.Event | None = None
+        if self._side is not None:
+            on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            on_host.copy_(rows, non_blocking=True)
+            known = torch.cuda.Event()
+            known.record(torch.cuda.current_stream(self.device))
+            rows = on_host
+        return partial(self._wait, self._thread.submit(self._bring, rows, known))
+
+    def warm(self, rows: Tensor) -> None:
+        """Fill the cache with the most frequent of `rows`."""
+        self._thread.submit(self._warm, rows.flatten().to(_CPU)).result()
+
+    def reset_stats(self) -> None:
+        """Count from 0."""
+        self.stats = ReadStats()
+
+    def _warm(self, rows: Tensor) -> None:
+        assert self.cache is not None
+        with self._on_side():
+            self.cache.count(*rows.unique(return_counts=True))
+            self.cache.refresh(least=1)
+
+    def _bring(self, rows: Tensor, known: torch.cuda.Event | None) -> tuple[Tensor, torch.cuda.Event | None]:
+        if known is not None:
+            known.synchronize()
+        began = time.perf_counter()
+        distinct, place, counts = rows.unique(return_inverse=True, return_counts=True)
+        slots = torch.full_like(distinct, -1) if self.cache is None else self.cache.find(distinct)
+        missed = slots < 0
+        with self._on_side():
+            loaded = self._send(self.load(distinct[missed]))
+            if self.cache is None:
+                records = loaded
+            else:
+                at = missed.cumsum(0) - 1  # where a missed row lies in what was loaded
+                records = pick_rows(self.cache.records, self._send(slots), loaded, self._send(at))
+            values = gather_rows(self.fmt.decode(records), self._send(place))
+            done = None if self._side is None else self._side.record_event()
+        if self.cache is not None:  # when these values are there: they shall not wait for others to be chosen
+            self._thread.submit(self._count, self.cache, distinct, counts)
+        self.stats.lookups += rows.numel()
+        self.stats.hits += int(counts[~missed].sum())
+        self.stats.bytes_moved += int(missed.sum()) * self.fmt.row_bytes
+        self.stats.fetch_seconds += time.perf_counter() - began
+        return values, done
+
+    def _count(self, cache: RowCache, rows: Tensor, counts: Tensor) -> None:
+        with self._on_side():
+            cache.count(rows, counts)
+
+    def _on_side(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._side is None else torch.cuda.stream(self._side)
+
+    def _send(self, x: Tensor) -> Tensor:
+        # From pinned memory, or the copy would not be done by the side: torch keeps that memory until it is.
+        return x if self._side is None else x.pin_memory().to(self.device, non_blocking=True)
+
+    def _wait(self, coming: Future[tuple[Tensor, torch.cuda.Event | None]]) -> Tensor:
+        began = time.perf_counter()
+        values, done = coming.result()
+        self.stats.wait_seconds += time.perf_counter() - began
+        if done is not None:
+            _arrive(values, done)
+        return values
+
+
+class ReadFromPinned:
+    """The device reads pinned memory of the host itself, row by row, on a stream beside the one that computes.
+
+    The host waits for nothing: hashing, cache and copy are queued like all else. Arguments as for `ReadByThread`, but
+    the records themselves for what loads them.
+    """
+
+    def __init__(self, records: Tensor, fmt: RowFormat, cache_rows: int, device: torch.device) -> None:
+        self.records, self.fmt = records, fmt
+        self._lookups = 0
+        # All that belongs to it lives on this stream alone, so that its memory is never given away too early.
+        self._side = torch.cuda.Stream(device)
+        with torch.cuda.stream(self._side):
+            self._hits = torch.zeros((), dtype=torch.int64, device=device)
+            self.cache = RowCache(max(cache_rows, 1), self._load, fmt.row_bytes, device, device)
+        self._caches = cache_rows > 0
+
+    def _load(self, rows: Tensor) -> Tensor:
+        return pick_rows(self.cache.records, torch.full_like(rows, -1), self.records, rows)
+
+    def start(self, rows: Tensor) -> Callable[[], Tensor]:
+        """As `ReadByThread.start`."""
+        self._side.wait_stream(torch.cuda.current_stream(rows.device))
+        with torch.cuda.stream(self._side):
+            slots = self.cache.find(rows) if self._caches else torch.full_like(rows, -1)
+            values = self.fmt.decode(pick_rows(self.cache.records, slots, self.records, rows))
+            done = self._side.record_event()
+            self._lookups += rows.numel()
+            if self._caches:
+                self._hits = self._hits + (slots >= 0).sum()
+                self.cache.count(rows.flatten())
+        rows.record_stream(self._side)  # its memory is not given away before the side has read it
+        return partial(_arrive, values, done)
+
+    def warm(self, rows: Tensor) -> None:
+        """As `ReadByThread.warm`."""
+        self._side.wait_stream(torch.cuda.current_stream(self._hits.device))
+        with torch.cuda.stream(self._side):
+            self.cache.count(rows.flatten().to(self._hits.device))
+            self.cache.refresh(least=1)
+
+    def reset_stats(self) -> None:
+        """Count from 0."""
+        self._lookups = 0
+        with torch.cuda.stream(self._side):
+            self._hits = torch.zeros_like(self._hits)
+
+    @property
+    def stats(self) -> ReadStats:
+        """As of now; to know the hits, the host waits for the device."""
+        with torch.cuda.stream(self._side):
+            hits = int(self._hits)
+        return ReadStats(self._lookups, hits, (self._lookups - hits) * self.fmt.row_bytes)
+
+
+def _arrive(values: Tensor, done: torch.cuda.Event) -> Tensor:
+    """Let the stream that computes wait for values that another one brings."""
+    stream = torch.cuda.current_stream(values.device)
+    stream.wait_event(done)
+    values.record_stream(stream)
+    return values

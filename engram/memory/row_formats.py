@@ -1,0 +1,111 @@
+"""How a row is stored: as a record of bytes, whole numbers or floats of 8 bits with one scale for the row, or as it is.
+
+A record holds all that a row's values are made of, so that one read or copy brings it, and it is decoded where it is
+used. The scale is the row's largest magnitude over the largest code: released tables are kept so in 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from engram.config import require, require_one_of
+
+RowKind = Literal["float", "int8", "fp8"]
+
+
+@dataclass(frozen=True)
+class FloatRows:
+    """Rows as they are: `width` numbers of type `dtype`."""
+
+    kind: ClassVar[RowKind] = "float"
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a record."""
+        return self.width * self.dtype.itemsize
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Values `[..., width]` -> records `[..., row_bytes]`, uint8."""
+        return values.to(self.dtype).contiguous().view(torch.uint8)
+
+    def decode(self, records: Tensor) -> Tensor:
+        """Records `[..., row_bytes]` -> values `[..., width]`."""
+        return records.view(self.dtype)
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """`width` codes of 8 bits and a float32 scale; values come out as `dtype`.
+
+    With s the scale, which is max|x| / 127 or / 448, an int8 value is off by s / 2 at most, one of fp8 (e4m3) by
+    |x| / 16 or s / 1024, whichever is more; then it is rounded to `dtype`.
+    """
+
+    width: int
+    dtype: torch.dtype
+    kind: ClassVar[RowKind]
+    code: ClassVar[torch.dtype]
+    largest: ClassVar[float]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a record."""
+        return self.width + 4
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Values `[..., width]` -> records `[..., row_bytes]`, uint8. Raises `ConfigError` unless all are finite."""
+        x = values.float()
+        require(bool(x.isfinite().all()), "values to be quantized", "inf or nan", "finite numbers")
+        # Not below the least normal number: the inverse must be finite.
+        scale = (x.abs().amax(-1, keepdim=True) / self.largest).clamp_min(torch.finfo(torch.float32).tiny)
+        codes = self._round((x / scale).clamp(-self.largest, self.largest))
+        return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
+
+    def decode(self, records: Tensor) -> Tensor:
+        """Records `[..., row_bytes]` -> values `[..., width]`."""
+        codes, scale = records.split([self.width, 4], dim=-1)
+        scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float32)  # on a boundary of its type
+        return (codes.view(self.code).float() * scale).to(self.dtype)
+
+    def _round(self, x: Tensor) -> Tensor:
+        return x.to(self.code)
+
+
+class Int8Rows(ScaledRows):
+    """Rows in whole numbers of -127 to 127."""
+
+    kind = "int8"
+    code = torch.int8
+    largest = 127.0
+
+    def _round(self, x: Tensor) -> Tensor:
+        return x.round().to(self.code)
+
+
+class Float8Rows(ScaledRows):
+    """Rows in floats of 4 bits exponent and 3 bits mantissa."""
+
+    kind = "fp8"
+    code = torch.float8_e4m3fn
+    largest = 448.0
+
+
+RowFormat = FloatRows | ScaledRows
+FORMATS: dict[RowKind, Callable[[int, torch.dtype], RowFormat]] = {
+    "float": FloatRows,
+    "int8": Int8Rows,
+    "fp8": Float8Rows,
+}
+
+
+def row_format(kind: RowKind, width: int, dtype: torch.dtype) -> RowFormat:
+    """The format of rows that give `width` numbers of type `dtype`. Raises `ConfigError` for another kind."""
+    require_one_of("row format", kind, RowKind)
+    return FORMATS[kind](width, dtype)

@@ -1,0 +1,352 @@
+"""Tables on the host and on disk against plain indexing; what they refuse; what they share and what they read."""
+
+import copy
+import json
+import multiprocessing
+import pickle
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engram.config import ConfigError
+from engram.memory import DiskTable, MemoryTable, OffloadedTable
+from engram.memory.offloaded import HostTable
+from engram.memory.row_formats import RowKind
+
+KINDS = ["float", "int8", "fp8"]
+
+
+def elsewhere(
+    table: MemoryTable, place: str, folder: Path, cache_rows: int = 0, rows: RowKind = "float"
+) -> OffloadedTable:
+    if place == "host":
+        return table.to_host(cache_rows=cache_rows, rows=rows)
+    return table.to_disk(folder / "table.safetensors", cache_rows=cache_rows, rows=rows)
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cache_rows", [0, 20])
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_rows_are_those_of_the_table(
+    place: str, dtype: torch.dtype, cache_rows: int, prefetch: bool, tmp_path: Path
+) -> None:
+    table = MemoryTable(300, 7, dtype)
+    moved = elsewhere(table, place, tmp_path, cache_rows)
+    moved.prefetch = prefetch
+    with torch.no_grad():
+        for shape in [(2, 5, 4), (1, 1, 16), (0, 3, 2), (3, 200, 1)]:
+            rows = torch.randint(0, 300, shape)
+            assert torch.equal(moved(rows), table(rows))
+            begun = moved.start(rows)
+            assert torch.equal(begun(), table(rows))
+        if cache_rows:
+            moved.warm(torch.arange(300))
+            assert moved.stats().hits == 0
+            assert torch.equal(moved(torch.arange(300)), table(torch.arange(300)))
+            assert moved.stats().hits == cache_rows
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_rows_are_the_same_in_every_place(place: str, kind: RowKind, tmp_path: Path) -> None:
+    table, rows = MemoryTable(300, 12, torch.bfloat16), torch.randint(0, 300, (2, 9, 4))
+    with torch.no_grad():
+        here = table.read_only(kind)(rows)
+        assert torch.equal(elsewhere(table, place, tmp_path, rows=kind)(rows), here)
+        assert torch.equal(elsewhere(table, place, tmp_path, 30, rows=kind)(rows), here)
+        if place == "disk":
+            assert torch.equal(DiskTable(tmp_path / "table.safetensors")(rows), here)
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("row", [-1, 300])
+def test_rows_beyond_the_table_are_refused(place: str, row: int, tmp_path: Path) -> None:
+    moved = elsewhere(MemoryTable(300, 4), place, tmp_path)
+    with torch.no_grad(), pytest.raises(IndexError, match=f"{row}"):
+        moved(torch.tensor([[[5, row]]]))
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_reading_with_gradients_is_refused_until_the_table_is_frozen(place: str, tmp_path: Path) -> None:
+    table, rows = MemoryTable(30, 4), torch.tensor([[[1, 2]]])
+    moved = elsewhere(table, place, tmp_path)
+    with pytest.raises(ConfigError, match=r"requires_grad_\(False\)"):
+        moved(rows)
+    with pytest.raises(ConfigError, match="read-only"):
+        moved.start(rows)
+    moved.requires_grad_(False)
+    assert not moved(rows).requires_grad
+    # A table that was frozen before is no other after its move.
+    table.weight.requires_grad_(False)
+    assert torch.equal(elsewhere(table, place, tmp_path)(rows), table(rows))
+
+
+def test_a_table_stays_where_it_is_when_its_model_moves_or_changes_type(tmp_path: Path) -> None:
+    table, rows = MemoryTable(30, 4), torch.randint(0, 30, (1, 2, 3))
+    for moved in (table.to_host(), table.to_disk(tmp_path / "table")):
+        model = nn.ModuleDict({"table": moved, "linear": nn.Linear(2, 2)}).to(torch.float64).to("meta")
+        assert model["linear"].weight.is_meta
+        with torch.no_grad():
+            assert torch.equal(model["table"](rows), table(rows))
+
+
+def test_a_table_on_the_host_takes_no_second_copy() -> None:
+    table = MemoryTable(30, 4)
+    assert table.to_host().records.data_ptr() == table.weight.data_ptr()
+
+
+def test_copies_share_their_rows_and_pickles_open_their_file(tmp_path: Path) -> None:
+    table, rows = MemoryTable(30, 4), torch.randint(0, 30, (1, 2, 3))
+    with torch.no_grad():
+        for moved in (table.to_host(cache_rows=3), table.to_disk(tmp_path / "table", cache_rows=3)):
+            assert torch.equal(moved(rows), table(rows))  # its thread runs
+            twin = copy.deepcopy(moved)
+            assert twin.records.data_ptr() == moved.records.data_ptr()
+            assert torch.equal(twin(rows), table(rows))
+            data = pickle.dumps(moved)
+            assert torch.equal(pickle.loads(data)(rows), table(rows))
+        assert len(data) < 30 * 4 * 4 + 2000
+
+
+def test_state_dicts_hold_the_rows_and_cannot_be_loaded_over_them(tmp_path: Path) -> None:
+    table = MemoryTable(30, 4)
+    for moved in (table.to_host(), table.to_disk(tmp_path / "table")):
+        assert torch.equal(moved.state_dict()["weight"], table.weight)
+        with pytest.raises(RuntimeError, match="read-only"):
+            moved.load_state_dict(table.state_dict())
+    assert list(table.read_only("int8").state_dict()) == ["records"]
+
+
+# Files.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_opens_with_safetensors(kind: RowKind, tmp_path: Path) -> None:
+    table = MemoryTable(70, 5, torch.bfloat16)
+    moved = table.to_disk(tmp_path / "new" / "table.safetensors", rows=kind)
+    there = load_file(tmp_path / "new" / "table.safetensors")["weight"]
+    assert torch.equal(there.view(torch.uint8), moved.records)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["table.safetensors"]
+
+
+def test_a_table_among_other_tensors_is_read_where_it_lies(tmp_path: Path) -> None:
+    table, rows = MemoryTable(70, 5, torch.bfloat16), torch.randint(0, 70, (1, 4, 2))
+    tensors = {"a.bias": torch.randn(3).bfloat16(), "a.table.weight": table.weight.detach(), "z": torch.randn(9)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        moved = DiskTable(tmp_path / "model.safetensors", name="a.table.weight")
+        assert torch.equal(moved(rows), table(rows))
+    with pytest.raises(ConfigError, match=r"'b'.*a\.table\.weight"):
+        DiskTable(tmp_path / "model.safetensors", name="b")
+    with pytest.raises(ConfigError, match="z"):
+        DiskTable(tmp_path / "model.safetensors", name="z")
+
+
+def test_a_table_is_replaced_by_its_like_alone(tmp_path: Path) -> None:
+    path, rows = tmp_path / "table", torch.arange(30)
+    first, second = MemoryTable(30, 4), MemoryTable(30, 4)
+    with torch.no_grad():
+        old = first.to_disk(path)
+        new = second.to_disk(path)
+        assert torch.equal(new(rows), second.weight)
+        assert torch.equal(old(rows), first.weight)  # who opened it before still reads what was there
+    for other in (MemoryTable(31, 4), MemoryTable(30, 5), MemoryTable(30, 4, torch.bfloat16)):
+        with pytest.raises(ConfigError, match="table of"):
+            other.to_disk(path)
+    with pytest.raises(ConfigError, match="table of"):
+        first.to_disk(path, rows="int8")
+    (tmp_path / "notes").write_text("something else")
+    with pytest.raises(ConfigError, match="notes"):
+        first.to_disk(tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "something else"
+    save_file({"weight": torch.randn(30, 4)}, tmp_path / "model")
+    with pytest.raises(ConfigError, match="model"):
+        first.to_disk(tmp_path / "model")
+
+
+def test_files_that_are_cut_short_or_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    with pytest.raises(ConfigError, match="nothing"):
+        DiskTable(tmp_path / "nothing")
+    MemoryTable(30, 4).to_disk(path)
+    data = path.read_bytes()
+    for end in (len(data) - 1, 4096, 100, 8, 3, 0):
+        path.write_bytes(data[:end])
+        with pytest.raises(ConfigError, match="table"):
+            DiskTable(path)
+    for header in (
+        b"[1, 2]",
+        b"{",
+        b'{"weight": 3}',
+        b'{"weight": {"dtype": "I64", "shape": [2, 2], "data_offsets": [0, 32]}}',
+    ):
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
+        with pytest.raises(ConfigError, match="table"):
+            DiskTable(path)
+
+
+def memory_of_this_process(part: str) -> int:
+    """Bytes, of `/proc/self/status`."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(part))
+    return int(line.split()[1]) * 1024
+
+
+def sparse_table(path: Path, n_rows: int, width: int) -> None:
+    """A file that has a table of zeros, and no blocks on the disk for it."""
+    size = n_rows * width * 2
+    header = json.dumps({"weight": {"dtype": "BF16", "shape": [n_rows, width], "data_offsets": [0, size]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+
+
+def test_20_gb_open_in_seconds_and_without_memory(tmp_path: Path) -> None:
+    n_rows, width = 160_000_000, 64
+    sparse_table(tmp_path / "table", n_rows, width)
+    assert (tmp_path / "table").stat().st_size > 20e9
+    before, began = memory_of_this_process("VmRSS"), time.perf_counter()
+    table = DiskTable(tmp_path / "table", cache_rows=1000)
+    with torch.no_grad():
+        values = table(torch.randint(0, n_rows, (1, 64, 16)))
+    assert time.perf_counter() - began < 5
+    assert memory_of_this_process("VmRSS") - before < 200e6
+    assert values.shape == (1, 64, 16, width)
+    assert not values.any()
+
+
+def read_and_report(
+    path: Path, expected: Tensor, results: "multiprocessing.Queue[tuple[int, int, int]]", stay: object
+) -> None:
+    """Read a whole table in another process; tell the kilobytes that its mapping holds: all, shared, its own."""
+    table = DiskTable(path)
+    with torch.no_grad():
+        assert torch.equal(table(torch.arange(len(expected))), expected)
+    sums = dict.fromkeys(("Rss", "Shared_Clean", "Shared_Dirty", "Private_Clean", "Private_Dirty"), 0)
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if "-" in name.split()[0]:  # the next mapping
+            inside = str(path) in line
+        elif inside and name in sums:
+            sums[name] += int(value.split()[0])
+    results.put((sums["Rss"], sums["Shared_Clean"] + sums["Shared_Dirty"], sums["Private_Dirty"]))
+    stay.wait(60)  # type: ignore[attr-defined]
+
+
+def test_processes_share_what_is_in_memory_of_a_file(tmp_path: Path) -> None:
+    table = MemoryTable(40_000, 32)
+    path = tmp_path / "table"
+    ours = table.to_disk(path)
+    with torch.no_grad():
+        ours(torch.arange(40_000))  # its pages are in this process, too
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[tuple[int, int, int]] = context.Queue()
+    stay = context.Event()
+    others = [
+        context.Process(target=read_and_report, args=(path, table.weight.detach(), results, stay)) for _ in range(2)
+    ]
+    for process in others:
+        process.start()
+    try:
+        for all_kb, shared_kb, own_kb in (results.get(timeout=60) for _ in others):
+            assert all_kb >= 40_000 * 32 * 4 / 1024
+            assert shared_kb == all_kb
+            assert own_kb == 0
+    finally:
+        stay.set()
+        for process in others:
+            process.join()
+
+
+# Fetching ahead.
+
+
+def test_what_is_read_is_counted(tmp_path: Path) -> None:
+    table = MemoryTable(300, 8, torch.bfloat16).to_disk(tmp_path / "table", cache_rows=2)
+    with torch.no_grad():
+        table(torch.tensor([[[1, 2, 2, 3]]]))
+        assert (table.stats().lookups, table.stats().hits, table.stats().bytes_moved) == (4, 0, 3 * 16)
+        table.reset_stats()
+        table.warm(torch.tensor([2, 2, 3, 3, 4]))
+        table(torch.tensor([[[1, 2, 2, 3]]]))
+    stats = table.stats()
+    assert (stats.lookups, stats.hits, stats.hit_rate, stats.bytes_moved) == (4, 3, 0.75, 16)
+    assert 0 < stats.fetch_seconds <= stats.wait_seconds < 10
+    assert stats.bytes_per_second == 16 / stats.fetch_seconds
+
+
+def test_rows_are_on_their_way_before_they_are_asked_for(tmp_path: Path) -> None:
+    table = MemoryTable(300, 4).to_disk(tmp_path / "table")
+    read, load = threading.Event(), table._load
+
+    def note(rows: Tensor) -> Tensor:
+        read.set()
+        return load(rows)
+
+    table._load = note  # type: ignore[method-assign]
+    with torch.no_grad():
+        values = table.start(torch.tensor([[[3, 4]]]))
+        assert read.wait(10)
+        values()
+        read.clear()
+        table.prefetch = False
+        values = table.start(torch.tensor([[[3, 4]]]))
+        assert not read.wait(0.2)
+        values()
+        assert read.is_set()
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_compiled_graphs_read_the_same_rows(place: str, tmp_path: Path) -> None:
+    table = MemoryTable(300, 4)
+    moved = elsewhere(table, place, tmp_path, cache_rows=10)
+
+    def shifted(rows: Tensor) -> Tensor:
+        return moved.start(rows)() + 1
+
+    compiled = torch.compile(shifted, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            rows = torch.randint(0, 300, (2, 5, 4))
+            assert torch.equal(compiled(rows), table(rows) + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("place", ["host", "pageable", "disk"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache_rows", [0, 3000])
+def test_rows_come_to_a_cuda_device_while_it_computes(
+    place: str, kind: RowKind, cache_rows: int, tmp_path: Path
+) -> None:
+    """Many reads on their way at once, whose memory is given away and taken again all the time."""
+    n_rows = 1_100_000  # with a scale, still too many for a copy in torch's own pinned memory
+    table = MemoryTable(n_rows, 64, torch.bfloat16)
+    if place == "disk":
+        moved: OffloadedTable = table.to_disk(tmp_path / "table", cache_rows, kind)
+    else:
+        moved = table.to_host(place == "host", cache_rows, kind)
+    plain = table.read_only(kind).to("cuda")
+    busy = torch.randn(2048, 2048, device="cuda")
+    with torch.no_grad():
+        for _ in range(30):
+            reads = [(torch.rand(4, 256, 16, device="cuda") ** 6 * n_rows).long() for _ in range(3)]
+            coming = [moved.start(rows) for rows in reads]
+            for _ in range(4):
+                busy = torch.tanh(busy @ busy)
+            for rows, values in zip(reads, coming, strict=True):
+                assert torch.equal(values(), plain(rows))
+            del reads, coming
+    stats = moved.stats()
+    assert stats.lookups == 30 * 3 * 4 * 256 * 16
+    assert (stats.hit_rate > 0.2) == (cache_rows > 0)
+    if place == "host":
+        assert isinstance(moved, HostTable)
+        assert moved._pinned is not None
+        assert moved.records.is_pinned()

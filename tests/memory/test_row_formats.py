@@ -1,0 +1,108 @@
+"""Quantized rows against the bounds that their codes allow, over rows of any scale."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram.config import ConfigError
+from engram.memory import MemoryTable
+from engram.memory.row_formats import RowKind, row_format
+
+TYPES = [torch.float32, torch.bfloat16]
+
+
+def drawn(seed: int, width: int, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Rows whose numbers differ in magnitude by several orders."""
+    g = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(6, width, generator=g) * torch.randn(6, width, generator=g).exp()).to(dtype)
+
+
+ROWS = st.builds(
+    drawn, st.integers(0, 2**31), st.integers(1, 70), st.sampled_from([1e-30, 1e-3, 1.0, 1e20]), st.sampled_from(TYPES)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS)
+def test_floats_come_back_as_they_were(values: torch.Tensor) -> None:
+    fmt = row_format("float", values.shape[1], values.dtype)
+    records = fmt.encode(values)
+    assert records.shape == (6, fmt.row_bytes)
+    assert torch.equal(fmt.decode(records), values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS)
+def test_int8_rows_are_off_by_half_a_step_of_their_largest_number(values: torch.Tensor) -> None:
+    fmt = row_format("int8", values.shape[1], values.dtype)
+    records = fmt.encode(values)
+    assert records.shape == (6, values.shape[1] + 4)
+    x, back = values.double(), fmt.decode(records).double()
+    bound = x.abs().amax(1, keepdim=True) / 127 / 2
+    rounding = x.abs() * 2 * torch.finfo(values.dtype).eps + 1e-40
+    assert ((back - x).abs() <= 1.001 * bound + rounding).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS)
+def test_fp8_numbers_are_off_by_a_sixteenth_of_themselves(values: torch.Tensor) -> None:
+    fmt = row_format("fp8", values.shape[1], values.dtype)
+    x, back = values.double(), fmt.decode(fmt.encode(values)).double()
+    # e4m3: 3 bits of mantissa, and steps of 2^-9 below 2^-6, of a scale that makes the largest number 448.
+    smallest = x.abs().amax(1, keepdim=True) / 448 * 2**-10
+    rounding = x.abs() * 2 * torch.finfo(values.dtype).eps + 1e-40
+    assert ((back - x).abs() <= 1.001 * torch.maximum(x.abs() / 16, smallest) + rounding).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_rows_of_zeros_stay_zeros(kind: RowKind) -> None:
+    fmt = row_format(kind, 5, torch.float32)
+    assert torch.equal(fmt.decode(fmt.encode(torch.zeros(3, 5))), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_quantized_table_takes_a_byte_a_number_and_a_scale_and_gives_its_own_type(
+    kind: RowKind, dtype: torch.dtype
+) -> None:
+    table = MemoryTable(50, 16, dtype)
+    quantized = table.read_only(kind)
+    assert quantized.records.nbytes == 50 * (16 + 4)
+    rows = torch.randint(0, 50, (2, 3, 4))
+    with torch.no_grad():
+        values = quantized(rows)
+        assert values.dtype == dtype
+        assert 0 < (values - table(rows)).abs().max() <= table.weight.abs().max() / 14
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("int8", 0.011), ("fp8", 0.036)])
+def test_the_relative_error_of_normal_rows(kind: RowKind, largest: float) -> None:
+    """Root mean square over the row's own: what docs/inference.md says."""
+    values = torch.randn(2000, 64)
+    fmt = row_format(kind, 64, torch.float32)
+    error = (fmt.decode(fmt.encode(values)) - values).norm(dim=1) / values.norm(dim=1)
+    assert largest / 2 < error.median() < error.max() < largest
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_single_row_is_read_as_many_are(kind: RowKind) -> None:
+    table = MemoryTable(9, 5).read_only(kind)
+    with torch.no_grad():
+        together = table(torch.arange(9))
+        for row in range(9):
+            assert torch.equal(table(torch.tensor([row])), together[row : row + 1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_numbers_that_are_not_finite_are_refused(kind: RowKind) -> None:
+    fmt = row_format(kind, 2, torch.float32)
+    with pytest.raises(ConfigError, match="finite"):
+        fmt.encode(torch.tensor([[1.0, float("inf")]]))
+
+
+def test_other_formats_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="int3"):
+        row_format("int3", 4, torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="fp8"):
+        MemoryTable(4, 4).read_only("int8").read_only("fp8")
