@@ -223,6 +223,7 @@ def spoiled(tmp_path: Path, changed: dict[str, Tensor | None], **settings: Any) 
         ({}, {"engram_vocab_size": 32}, r"embed\.weight: shape is "),
         ({}, {"engram_vocab_size": 2**60}, r"rows of layers\.0\.engram\.embed\.weight is 252: allowed is \d+ or more"),
         ({}, {"engram_n_heads": 2**60}, r"rows of layers\.0\.engram\.embed\.weight is 252: allowed is \d+ or more"),
+        ({}, {"engram_vocab_size": 1, "engram_n_heads": 40}, r"rows of layers\.0.* is 252: allowed is 7260 or more"),
         ({}, {"engram_max_ngram_size": 2**60}, r"config\.json': engram_max_ngram_size is \d+: allowed is 2 to 64"),
         ({}, {"hidden_size": 2**30}, r"wkv\.weight: shape is "),
         ({}, {"hidden_size": 40.0}, r"config\.json': hidden_size is 40\.0: allowed is a whole number"),
