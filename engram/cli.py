@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import signal
 import sys
 import warnings
@@ -39,6 +41,9 @@ def main(args: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read what is printed, as `| head` does, has closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at the end fails too
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise
@@ -170,6 +175,7 @@ def _generate(args: argparse.Namespace) -> int:
     if tokenizer is None:
         raise ConfigError(f"{str(args.model)!r} holds no tokenizer: name one with --tokenizer")
     try:
+        autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         raise ConfigError(f"device is {args.device!r}: {str(error).splitlines()[0]}") from error
@@ -177,20 +183,27 @@ def _generate(args: argparse.Namespace) -> int:
     writer = TextGenerator(model, tokenizer)
     started, texts = time.perf_counter(), [[] if args.no_echo else [prompt] for prompt in prompts]
     streaming = len(prompts) == 1
-    if streaming:
-        print("".join(texts[0]), end="", flush=True)
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-        for parts in writer.stream(
-            prompts, args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed, compiled=args.compile
-        ):
-            for text, part in zip(texts, parts, strict=True):
-                text.append(part)
-            if streaming:
-                print(parts[0], end="", flush=True)
+    parts = writer.stream(
+        prompts, args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed, compiled=args.compile
+    )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows another
+    interrupted = False
+    try:
+        with autocast:
+            for new in parts:
+                if streaming:
+                    print("".join(texts[0]) + new[0], end="", flush=True)
+                    texts = [[]]
+                else:
+                    for text, part in zip(texts, new, strict=True):
+                        text.append(part)
+    except KeyboardInterrupt:
+        interrupted = True  # what there is so far is wanted all the same
     print("" if streaming else "\n\n".join("".join(text) for text in texts))
     seconds = time.perf_counter() - started
     print(f"{writer.n_new} tokens in {seconds:.1f} s, {writer.n_new / seconds:.0f} a second", file=sys.stderr)
-    return 0
+    return 130 if interrupted else 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -23,8 +23,8 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: GQAConfig, d_model: int, norm_eps: float, output_scale: float = 1.0) -> None:
         super().__init__()
         self.config = config
-        self.split = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-        self.qkv = nn.Linear(d_model, sum(self.split), bias=False)
+        self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        self.qkv = nn.Linear(d_model, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.n_heads * config.head_dim, d_model, bias=False)
         self.q_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
@@ -49,10 +49,8 @@ class GroupedQueryAttention(nn.Module):
 
     def _heads(self, x: Tensor, at: Positions | Places) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[B, T, h, c]`, normed and turned."""
-        q, k, v = (
-            rearrange(part, "B T (h c) -> B T h c", c=self.config.head_dim)
-            for part in self.qkv(x).split(self.split, dim=-1)
-        )
+        heads = rearrange(self.qkv(x), "B T (h c) -> B T h c", c=self.config.head_dim)
+        q, k, v = heads.split(self.heads, dim=2)
         return _turn(q, at, self.q_norm), _turn(k, at, self.k_norm), v
 
 
@@ -94,13 +92,21 @@ class MultiHeadLatentAttention(nn.Module):
         (kept,) = cache.extend(places, torch.cat([latent.unsqueeze(2), k_rope.to(latent.dtype)], dim=-1))
         if places.alone:
             return self._expanded(q_nope, q_rope, latent, k_rope, places.alone)
-        up = self.kv_up.weight.view(c.n_heads, -1, c.kv_lora_rank)
-        w_k, w_v = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        w_k, w_v = self._up_map(latent).split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_k)
         q = torch.cat([q_latent, q_rope.to(q_latent.dtype)], dim=-1)
         scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
         y = _attend_to(q, kept, kept[..., : c.kv_lora_rank], places.visible, scale)
         return self.out(torch.einsum("bthr,hvr->bthv", y, w_v).flatten(2))
+
+    def _up_map(self, latent: Tensor) -> Tensor:
+        """W `[h, c, r]` of `kv_up`, whatever has taken its place, such as an adapter around it."""
+        c = self.config
+        if type(self.kv_up) is nn.Linear:
+            W = self.kv_up.weight
+        else:
+            W = self.kv_up(torch.eye(c.kv_lora_rank, dtype=latent.dtype, device=latent.device)).T
+        return W.reshape(c.n_heads, -1, c.kv_lora_rank)
 
     def _queries(self, x: Tensor, at: Positions | Places) -> tuple[Tensor, Tensor]:
         """The parts of queries `[B, T, h, c]` without position, and turned by theirs."""

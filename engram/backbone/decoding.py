@@ -6,6 +6,7 @@ of the batch may begin with padding, and tokens can be taken back, as speculativ
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,11 +90,14 @@ class DecodingState:
         """Take the last `n` tokens back: of all sequences, or of each its own number `[B]`.
 
         The state is then as if they had not been seen. Raises `ConfigError` for more than the slack, less what was
-        taken back since, or than there are.
+        taken back since, or than a sequence has, padding not counted.
         """
         n_B = torch.as_tensor(n, device=self.length.device).expand(self.batch_size)
-        most, undoable = int(n_B.max()), int(self._undoable)
-        require(int(n_B.min()) >= 0 and most <= undoable, "tokens to take back", most, f"0 to {undoable}")
+        least, most, undoable = int(n_B.min()), int(n_B.max()), int(self._undoable)
+        worst = least if least < 0 else most
+        require(0 <= worst <= undoable, "tokens to take back", worst, f"0 to {undoable}")
+        too_many = (n_B > self.real.sum(1)).nonzero().flatten().tolist()
+        require(not too_many, "tokens to take back", most, f"no more than sequences {too_many} have")
         from_end = self.real.flip(1).cumsum(1).flip(1)
         self.real &= from_end > n_B.unsqueeze(1)
         self.next_position = self.next_position - n_B
@@ -102,6 +106,13 @@ class DecodingState:
         self._undoable = self._undoable - most
         for name, state in self.memory.items():
             self.memory[name] = self._memories[name].rollback(state, n_B)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodingState:
+        """A state of its own, for the same model: its memories, with their tables, are not copied."""
+        memo[id(self._memories)] = self._memories
+        twin = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences `rows` `[B']` in this order, some of them several times, as beam search does."""

@@ -69,8 +69,9 @@ class HyperConnection(nn.Module):
         sizes = [M, M, M * M]
         with torch.autocast(hidden.device.type, enabled=False):
             wide = widen(hidden)
-            factor = torch.cat([f.expand(n) for f, n in zip(self.factor, sizes, strict=True)])
-            maps = self.static + factor * self.dynamic(self.norm(wide.flatten(-2)))
+            factor = torch.cat([f.expand(n) for f, n in zip(widen(self.factor), sizes, strict=True)])
+            normed = self.norm(wide.flatten(-2)).to(self.dynamic.weight.dtype)
+            maps = widen(self.static) + factor * widen(self.dynamic(normed))
             pre, post, res = maps.split(sizes, dim=-1)
             mixing = Mixing(2 * torch.sigmoid(post), sinkhorn(res.unflatten(-1, (M, M))))
             return read_branches(hidden, torch.sigmoid(pre)), mixing

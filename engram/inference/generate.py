@@ -5,6 +5,7 @@ Prompts of unequal length are generated from together; each gets what it would g
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -31,7 +32,7 @@ def stream(
 
     Args:
         model: in evaluation mode, on any device.
-        prompts: token ids, of any lengths from 1.
+        prompts: token ids, of any lengths from 1; lists, or tensors.
         max_new_tokens: after which all end.
         sampling: how tokens are drawn; the most likely ones if None.
         stop_ids: tokens that end a sequence; they are not given out.
@@ -39,19 +40,22 @@ def stream(
         compiled: compile the step, which takes minutes and is worth it for long texts.
 
     Raises:
-        ConfigError: no prompts or an empty one, a token id outside the vocabulary, `max_new_tokens` below 1.
+        ConfigError: no prompts or an empty one, a token id outside the vocabulary, `max_new_tokens` below 1, a seed of
+            more than 64 bits; when a step gives no finite logit.
     """
     require(len(prompts) > 0, "prompts", len(prompts), "1 or more")
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    ids = [list(map(operator.index, prompt)) for prompt in prompts]
+    shortest, longest = min(map(len, ids)), max(map(len, ids))
     require(shortest > 0, "length of a prompt in tokens", shortest, "1 or more")
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
-    return _stream(model, prompts, longest, max_new_tokens, sampling, frozenset(stop_ids), seed, compiled)
+    require(seed is None or -(2**63) <= seed < 2**64, "seed", seed, "-2**63 to 2**64 - 1")
+    return _stream(model, ids, longest, max_new_tokens, sampling, frozenset(stop_ids), seed, compiled)
 
 
 @torch.no_grad()
 def _stream(
     model: EngramLM,
-    prompts: Sequence[Sequence[int]],
+    prompts: list[list[int]],
     longest: int,
     max_new_tokens: int,
     sampling: Sampling | None,
@@ -62,7 +66,7 @@ def _stream(
     device, sampling = model.embed.weight.device, sampling or Sampling(temperature=0)
     generator = torch.Generator(device)
     _ = generator.seed() if seed is None else generator.manual_seed(seed)
-    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.arange(longest, device=device) >= torch.tensor([[longest - len(p)] for p in prompts], device=device)
 
     room = max_new_tokens if compiled else min(max_new_tokens, _ROOM)
@@ -70,11 +74,13 @@ def _stream(
     logits = model.logits(model.step(ids, state, None if bool(mask.all()) else mask).hidden[:, -1])
     occurred = torch.zeros(logits.shape, dtype=torch.bool, device=device)
     for row, prompt in zip(occurred, prompts, strict=True):
-        row[list(prompt)] = True
+        row[prompt] = True
 
     step = torch.compile(_next_logits, dynamic=False) if compiled else _next_logits
     running = [True] * len(prompts)
     for n in range(1, max_new_tokens + 1):
+        likeliest = logits.amax(-1)
+        require(bool(likeliest.isfinite().all()), "the likeliest token's logit", likeliest.tolist(), "finite")
         new = sampling.draw(logits, occurred, generator)
         tokens = new.tolist()
         running = [runs and token not in stop_ids for runs, token in zip(running, tokens, strict=True)]

@@ -6,6 +6,7 @@ what the one before has left.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        allowed = self.temperature == 0 or 1e-6 <= self.temperature < math.inf
+        require(allowed, "temperature", self.temperature, "0, or 1e-6 or more")
         require(self.top_k >= 0, "top_k", self.top_k, "1 or more (0: all)")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, to 1")
         require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
-        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        allowed = 0 < self.repetition_penalty < math.inf
+        require(allowed, "repetition_penalty", self.repetition_penalty, "above 0")
 
     def draw(self, logits: Tensor, occurred: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Tokens `[B]` drawn from logits `[B, V]`; `occurred` `[B, V]` says which ids came before.
@@ -51,6 +54,7 @@ class Sampling:
             logits = torch.where(occurred, penalized, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
+        logits = logits - logits.amax(-1, keepdim=True)  # so that none overflows, however small the temperature
         kept = self._cut(logits / self.temperature)
         return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(-1)
 

@@ -6,6 +6,7 @@ known not to be one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from engram.backbone import EngramLM
 from engram.config import require
 from engram.inference.generate import stream
 from engram.training.tokenizer import special_ids
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TextGenerator:
@@ -48,9 +51,12 @@ class TextGenerator:
             settings: `sampling`, `seed`, `compiled` of `engram.inference.generate.stream`.
 
         Raises:
-            ConfigError: as `engram.inference.generate.stream`; an empty stop text.
+            ConfigError: as `engram.inference.generate.stream`; an empty stop text; a prompt that is no Unicode text,
+                such as one from bytes that are not UTF-8.
         """
         require(all(stop), "stop", list(stop), "texts that are not empty")
+        for text in prompts:
+            require(not _SURROGATE.search(text), "prompt", text, "Unicode text (UTF-8, where it came from bytes)")
         ids = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
         writers = [_Writer(self.tokenizer, tuple(stop), prompt) for prompt in ids]
         for tokens in stream(self.model, ids, max_new_tokens, stop_ids=self.stop_ids, **settings):

@@ -22,18 +22,21 @@ def decode(values: Tensor, scales: Tensor, block_rows: int) -> Tensor:
 def encode(new: Tensor, values: Tensor, scales: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
     """Values and scales for `new` `[R, C]` in the place of those given, which blocks that have not changed keep.
 
-    A changed block's scale is the smallest power of two that brings its largest value within E4M3.
+    A changed block's scale is the smallest power of two that brings its largest value within E4M3. Infinity, which
+    E4M3 lacks, becomes NaN.
     """
     before = decode(values, scales, block_rows).to(new.dtype)  # read as this type, so compared in it
     grid = (-(-new.shape[0] // block_rows), -(-new.shape[1] // BLOCK))
     changed = _blocks(_bits(new) != _bits(before), grid, block_rows).any(-1)
-    largest = _blocks(new.float().abs(), grid, block_rows).amax(-1)
+    finite = new.isfinite()
+    largest = _blocks(torch.where(finite, new.float().abs(), 0), grid, block_rows).amax(-1)
     fraction, exponent = torch.frexp(largest / _LARGEST)
     exponent = torch.where(fraction == 0.5, exponent - 1, exponent)  # frexp's fractions lie in [0.5, 1)
     exponent = torch.where(largest == 0, 0, exponent).clamp(1 - _BIAS, _BIAS)
     fresh = (exponent + _BIAS).to(torch.uint8)
     kept = torch.where(changed, fresh, scales.view(torch.uint8)).view(torch.float8_e8m0fnu)
     rounded = (new.float() / _spread(kept.float(), new, block_rows)).clamp(-_LARGEST, _LARGEST)
+    rounded = torch.where(finite, rounded, torch.nan)
     moved = _spread(changed, new, block_rows)
     bytes_ = torch.where(moved, rounded.to(torch.float8_e4m3fn).view(torch.uint8), values.view(torch.uint8))
     return bytes_.view(torch.float8_e4m3fn), kept

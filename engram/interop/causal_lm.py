@@ -35,12 +35,13 @@ from engram.backbone.block import Block
 from engram.config import ModelConfig, require
 from engram.memory import RowReader
 from engram.memory.readers import documents_of
+from engram.parallel.consolidate import INDEX, WEIGHTS
 from engram.training.checksums import CHECKSUMS, write_checksums
 from engram.training.identity import origin_of
 from engram.training.weights import TRAINED_WITH, require_sound
 
 _FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
-_SLACK = 64  # tokens that a cache can give back, which assisted generation does with those that it rejects
+_SLACK = 64  # tokens that a cache can give back at least, as assisted generation does with those that it rejects
 _ROOM = 128  # tokens by which a cache grows
 
 
@@ -170,7 +171,7 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
         compressed = own.memory is not None and own.memory.present and own.memory.compress
         kept = lookup.clone() if lookup is not None else torch.arange(own.vocab_size)
         self.register_buffer("token_lookup", kept if compressed else None)
-        self.register_load_state_dict_post_hook(lambda module, _: module._compress())
+        self.register_load_state_dict_post_hook(_compress_anew)
         self.post_init()
 
     @property
@@ -178,12 +179,23 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
         """The model itself, of the same modules."""
         return self._lm[0]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As transformers' own, with checksums, and with what the weights were trained with in the config."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers' own, with checksums, and with what the weights were trained with in the config.
+
+        Weights of a model that was saved there before, in other files than these, are removed.
+        """
         setattr(self.config, TRAINED_WITH, origin_of(self.lm.config, self.token_lookup, None))
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if files := sorted(Path(save_directory).glob("model*.safetensors")):
-            write_checksums(Path(save_directory), files)
+        folder = Path(save_directory)
+        if is_main_process:
+            (folder / INDEX).unlink(missing_ok=True)  # transformers itself leaves it where it writes one file
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            if (folder / INDEX).exists():
+                (folder / WEIGHTS).unlink(missing_ok=True)  # and this one, which it would load
+            if files := sorted(folder.glob("model*.safetensors")):
+                write_checksums(folder, files)
 
     @classmethod
     def from_pretrained(
@@ -249,7 +261,9 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
         """What `generate` calls to make the cache: one of ours, whatever implementation is asked for."""
         if model_kwargs.get("cache") is None and generation_config.use_cache:
             n = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["cache"] = EngramCache(self.lm.init_state(n, _ROOM, _SLACK))
+            candidates = (generation_config.num_assistant_tokens, generation_config.prompt_lookup_num_tokens)
+            slack = max(_SLACK, *(2 * (most or 0) for most in candidates))
+            model_kwargs["cache"] = EngramCache(self.lm.init_state(n, _ROOM, slack))
 
     @can_return_tuple
     def forward(
@@ -273,19 +287,26 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
                 transformers packs sequences. Not read otherwise: positions follow from the mask.
             cache: of tokens before these, which takes these in. No gradient goes through it.
             labels: `[B, T]`, shifted here, -100 where there is none: adds the mean loss, in nats, and in training the
-                routers' auxiliary losses.
+                routers' auxiliary losses. With `num_items_in_batch`, as transformers' Trainer gives it where it sums
+                gradients of several batches, this batch's part of the mean over all of their labels.
             use_cache: return a cache; False where none is given if None.
             logits_to_keep: how many last positions to give logits for (0: all), or which ones.
 
         Raises:
-            ConfigError: `inputs_embeds` (memory is read by ids), hidden states or attentions asked for; the rest as
-                `EngramLM.step`.
+            ConfigError: `inputs_embeds` (memory is read by ids), hidden states or attentions asked for; a mask of
+                another shape; a cache of another kind; the rest as `EngramLM.step`.
         """
         require(input_ids is not None, "input_ids", input_ids, "token ids: embeddings alone can't be looked up")
         assert input_ids is not None
         for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
             require(not _asked(kwargs.get(name)), name, type(kwargs.get(name)).__name__, "none: not supported")
-        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
+        mask = attention_mask
+        if mask is not None:
+            shape = f"[{input_ids.shape[0]}, {input_ids.shape[1]}], or longer with a cache"
+            mask = mask[:, -input_ids.shape[1] :].bool()
+            require(mask.shape == input_ids.shape, "shape of attention_mask", tuple(mask.shape), shape)
+        if cache is not None:
+            require(isinstance(cache, EngramCache), "cache", type(cache).__name__, "an EngramCache, or none yet")
         if use_cache or cache is not None:
             cache = self._with_room(cache, *input_ids.shape)
             output = self.lm.step(input_ids, cache.state, mask)
@@ -294,9 +315,11 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm.logits(output.hidden[:, kept]), None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
+            n_all = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=n_all)
             if self.training:
-                loss = loss + sum(stats.aux_loss for stats in output.routing)
+                part = 1 if n_all is None else (labels[:, 1:] != -100).sum() / n_all
+                loss = loss + part * sum(stats.aux_loss for stats in output.routing)
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
 
     def _with_room(self, cache: EngramCache | None, B: int, T: int) -> EngramCache:
@@ -307,6 +330,10 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
         if needed > cache.state.capacity:
             cache.state.grow(needed + max(_ROOM, needed // 2))
         return cache
+
+
+def _compress_anew(model: EngramForCausalLM, incompatible: Any) -> None:
+    model._compress()
 
 
 def _hook_what_is_not_called(model: EngramForCausalLM) -> None:

@@ -98,6 +98,7 @@ class TensorFiles:
         """Fill a contiguous tensor of the type that is stored with as many rows as it has, from `first_row` on."""
         found = self.stored(name)
         assert out.dtype == found.dtype
+        assert first_row * _row_bytes(found) + out.nbytes <= found.n_bytes
         with found.path.open("rb") as file:
             file.seek(found.entry.start + first_row * _row_bytes(found))
             file.readinto(out.detach().view(-1).view(torch.uint8).numpy().data)
@@ -115,7 +116,7 @@ class TensorFiles:
         if file not in self._headers:
             try:
                 self._headers[file] = read_header(self.folder / file).entries
-            except (OSError, ConfigError) as error:
+            except (OSError, ValueError) as error:  # no file's name, or no header
                 raise ConfigError(f"{str(self.folder / file)!r} can't be read as safetensors: {error}") from error
         return self._headers[file]
 
@@ -123,6 +124,7 @@ class TensorFiles:
 def write_rows(folder: Path, stored: Stored, rows: Tensor, first_row: int = 0) -> None:
     """Put rows, in the type that is stored, in the place of a tensor's own in `folder`'s copy of its file."""
     assert rows.dtype == stored.dtype
+    assert first_row * _row_bytes(stored) + rows.nbytes <= stored.n_bytes
     with (folder / stored.path.name).open("r+b") as file:
         file.seek(stored.entry.start + first_row * _row_bytes(stored))
         file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -136,7 +138,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         plain = all(isinstance(name, str) and Path(name).name == name for name in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{str(index)!r} can't be read as an index of weights: {error!r}") from error
     require(plain, f"{str(index)!r}: weight_map", "a path", "names of files in the same folder")
     return dict(files)

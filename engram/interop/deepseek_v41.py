@@ -19,7 +19,17 @@ from engram.config import ConfigError, MemoryConfig, require
 from engram.interop.block_scaled_table import BlockScaledTable
 from engram.interop.block_scales import BLOCK, decode, encode
 from engram.interop.checkpoint_files import TensorFiles, write_rows
-from engram.interop.layers import CONFIG, chosen, copied, empty_layer, read_config, require_fits, text_settings
+from engram.interop.layers import (
+    CONFIG,
+    chosen,
+    copied,
+    empty_layer,
+    errors_name,
+    orders_up_to,
+    require_fits,
+    sizes_that_fit,
+    text_settings,
+)
 from engram.memory import Engram, TokenCompressor
 
 KIND = "deepseek_v41"
@@ -101,8 +111,13 @@ def read_memory(
     config, files = _config(folder, dtype), TensorFiles(folder)
     if lookup is None:
         lookup = token_lookup(folder)
+    else:
+        ids = lookup.numel() > 0 and int(lookup.min()) >= 0
+        require(ids, "lookup", tuple(lookup.shape), "canonical ids of 0 or more")
     _require_canonical(int(lookup.max()) + 1, folder)
-    return {layer: _read(files, config, layer, lookup, dtype, packed) for layer in chosen(layers, config)}
+    wanted = chosen(layers, config)
+    with errors_name(files.folder):
+        return {layer: _read(files, config, layer, lookup, dtype, packed) for layer in wanted}
 
 
 def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str | Path) -> Path:
@@ -111,12 +126,14 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
     Names, shapes and types stay those of `source`, to which values are rounded. What is unchanged stays bit for bit,
     by block of 32 values (of 32 x 32 in projections). The folder appears whole or not at all.
 
-    Raises `ConfigError` naming the setting for a memory that is not of the config that `source` has.
+    Raises `ConfigError` naming the setting for a memory that is not of the config that `source` has, and as
+    `read_memory` for a `source` that it would refuse.
     """
     config, files = _config(source, torch.bfloat16), TensorFiles(source)
     for layer, memory in memories.items():
         require_fits(memory, layer, config)
         _require_canonical(memory.reader.hasher.n_canonical, source)
+        _require_tensors(files, config, layer, isinstance(memory.table, BlockScaledTable))
     with copied(Path(source), Path(folder)) as draft:
         for layer, memory in memories.items():
             prefix = f"layers.{layer}.engram."
@@ -132,30 +149,40 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
 
 
 def _settings(folder: str | Path) -> dict[str, Any]:
-    return text_settings(folder, read_config(folder), KIND, DEFAULTS)
+    return text_settings(folder, KIND, DEFAULTS)
 
 
 def _config(folder: str | Path, table_dtype: torch.dtype) -> MemoryConfig:
     s, where = _settings(folder), repr(str(Path(folder) / CONFIG))
     blocks = s["engram_layer_ids"]
-    numbers = isinstance(blocks, list) and blocks and all(isinstance(block, int) for block in blocks)
+    numbers = isinstance(blocks, list) and blocks and all(type(block) is int for block in blocks)
     require(bool(numbers), f"{where}: engram_layer_ids", blocks, "the numbers of one block or more")
-    return MemoryConfig(
-        layers=tuple(blocks),
-        orders=tuple(range(2, s["engram_max_ngram_size"] + 1)),
-        n_heads=s["engram_n_heads"],
-        row_width=s["engram_head_dim"],
-        rows=(s["engram_vocab_size"],) * (s["engram_max_ngram_size"] - 1),
-        table_dtype="float32" if table_dtype == torch.float32 else "bfloat16",
-        seed=0,
-        pad_id=s["engram_pad_token_id"],
-        conv_kernel=0,
-        bias=False,
-        norm_eps=s["rms_norm_eps"],
-        d_model=s["hidden_size"],
-        vocab_size=s["vocab_size"],
-        branches=s["hc_mult"],
-    )
+    orders = orders_up_to(s["engram_max_ngram_size"], f"{where}: engram_max_ngram_size")
+    with errors_name(Path(folder) / CONFIG):
+        return MemoryConfig(
+            layers=tuple(blocks),
+            orders=orders,
+            n_heads=s["engram_n_heads"],
+            row_width=s["engram_head_dim"],
+            rows=(s["engram_vocab_size"],) * len(orders),
+            table_dtype="float32" if table_dtype == torch.float32 else "bfloat16",
+            seed=0,
+            pad_id=s["engram_pad_token_id"],
+            conv_kernel=0,
+            bias=False,
+            norm_eps=s["rms_norm_eps"],
+            d_model=s["hidden_size"],
+            vocab_size=s["vocab_size"],
+            branches=s["hc_mult"],
+        )
+
+
+def sizes(files: TensorFiles, config: MemoryConfig) -> dict[int, tuple[int, ...]]:
+    """Rows of each head, by block, of tables that are there."""
+    with errors_name(files.folder):
+        names = [f"layers.{layer}.engram.embed.weight" for layer in config.layers]
+        found = {name: files.stored(name).shape[0] for name in names}
+        return sizes_that_fit(config, found, repr(str(files.folder)))
 
 
 def _require_canonical(n_canonical: int, folder: str | Path) -> None:
@@ -167,8 +194,8 @@ def _require_canonical(n_canonical: int, folder: str | Path) -> None:
 def _read(
     files: TensorFiles, config: MemoryConfig, layer: int, lookup: Tensor, dtype: torch.dtype, packed: bool
 ) -> Engram:
+    _require_tensors(files, config, layer, packed)
     memory, prefix = empty_layer(config, layer, lookup), f"layers.{layer}.engram."
-    _require_rows(files, layer, memory.reader.n_rows)
     if packed:
         memory.table = BlockScaledTable(_records(files, prefix + "embed", memory.table.weight.shape), dtype)
     else:
@@ -176,9 +203,29 @@ def _read(
     memory.project.weight = nn.Parameter(memory.project.weight.to(dtype))
     _read_matrix(files, prefix + "wkv", memory.project.weight, BLOCK)
     for name, norm in _norms(memory, prefix).items():
-        files.expect(name, tuple(norm.shape), *_FLOATS)
         norm.data = files.read(name)
     return memory
+
+
+def _require_tensors(files: TensorFiles, config: MemoryConfig, layer: int, packed: bool) -> None:
+    """Raise `ConfigError` unless a memory's tensors are all there, as the config says, and in 8 bits if `packed`."""
+    prefix, n_rows = f"layers.{layer}.engram.", sum(sizes(files, config)[layer])
+    with errors_name(files.folder):
+        _require_rows(files, layer, n_rows)
+        if packed:
+            files.expect(prefix + "embed.weight", (n_rows, config.row_width), torch.float8_e4m3fn)
+            require(config.row_width % BLOCK == 0, "engram_head_dim", config.row_width, f"a multiple of {BLOCK}")
+        M, D = config.branches, config.d_model
+        shapes = {"embed": (n_rows, config.row_width, 1), "wkv": ((M + 1) * D, config.d_memory, BLOCK)}
+        for name, (R, C, block_rows) in shapes.items():
+            if _is_scaled(files, prefix + name):
+                files.expect(f"{prefix}{name}.weight", (R, C))
+                scales = (-(-R // block_rows), -(-C // BLOCK))
+                files.expect(f"{prefix}{name}.scale", scales, torch.float8_e8m0fnu)
+            else:
+                files.expect(f"{prefix}{name}.weight", (R, C), *_FLOATS)
+        for name in ("q_weight", "k_weight"):
+            files.expect(prefix + name, (M, D), *_FLOATS)
 
 
 def _require_rows(files: TensorFiles, layer: int, n_rows: int) -> None:
@@ -194,13 +241,8 @@ def _norms(memory: Engram, prefix: str) -> dict[str, nn.Parameter]:
     return {prefix + "q_weight": memory.fusion.query_norm, prefix + "k_weight": memory.fusion.key_norm}
 
 
-def _scaled_chunks(
-    files: TensorFiles, name: str, shape: torch.Size, block_rows: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _scaled_chunks(files: TensorFiles, name: str, block_rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First row, values and scales of a matrix's pieces, of whole blocks each."""
-    R, C = shape
-    files.expect(name + ".weight", (R, C), torch.float8_e4m3fn)
-    files.expect(name + ".scale", (-(-R // block_rows), -(-C // BLOCK)), torch.float8_e8m0fnu)
     scales = files.chunks(name + ".scale", _CHUNK // block_rows)
     for (first, values), (_, scale) in zip(files.chunks(name + ".weight", _CHUNK), scales, strict=True):
         yield first, values, scale
@@ -209,9 +251,8 @@ def _scaled_chunks(
 def _records(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:
     """Values and scales of each row side by side, `[R, C + C / 32]`, uint8."""
     R, C = shape
-    require(C % BLOCK == 0, "engram_head_dim", C, f"a multiple of {BLOCK} for packed rows")
     records = torch.empty(R, C + C // BLOCK, dtype=torch.uint8)
-    for first, values, scales in _scaled_chunks(files, name, shape, 1):
+    for first, values, scales in _scaled_chunks(files, name, 1):
         torch.cat([values.view(torch.uint8), scales.view(torch.uint8)], 1, out=records[first : first + len(values)])
     return records
 
@@ -222,17 +263,15 @@ def _is_scaled(files: TensorFiles, name: str) -> bool:
 
 def _read_matrix(files: TensorFiles, name: str, out: nn.Parameter, block_rows: int) -> None:
     if _is_scaled(files, name):
-        for first, values, scales in _scaled_chunks(files, name, out.shape, block_rows):
+        for first, values, scales in _scaled_chunks(files, name, block_rows):
             out.data[first : first + len(values)] = decode(values, scales, block_rows)
         return
-    files.expect(name + ".weight", tuple(out.shape), *_FLOATS)
     for first, values in files.chunks(name + ".weight"):
         out.data[first : first + len(values)] = values
 
 
 def _write_records(files: TensorFiles, folder: Path, name: str, records: Tensor, width: int) -> None:
     values = files.stored(name + ".weight")
-    require(_is_scaled(files, name), f"{str(values.path)!r}: type of {name}", values.dtype, "8 bits for packed rows")
     scales = files.stored(name + ".scale")
     for first in range(0, len(records), _CHUNK):
         piece = records[first : first + _CHUNK]
@@ -243,7 +282,7 @@ def _write_records(files: TensorFiles, folder: Path, name: str, records: Tensor,
 def _write_matrix(files: TensorFiles, folder: Path, name: str, new: Tensor, block_rows: int) -> None:
     new, stored = new.detach(), files.stored(name + ".weight")
     if _is_scaled(files, name):
-        for first, values, scales in _scaled_chunks(files, name, new.shape, block_rows):
+        for first, values, scales in _scaled_chunks(files, name, block_rows):
             piece = new[first : first + len(values)].cpu()
             values, scales = encode(piece, values, scales, block_rows)
             write_rows(folder, stored, values, first)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,7 +42,6 @@ class _Generation(NamedTuple):
     stop: tuple[str, ...]
 
 
-@register_model("engram")
 class EngramHarness(TemplateLM):
     """A trained model, asked by the harness; arguments come by `--model_args`, `--batch_size` and `--device`.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,10 @@ from engram.budget import Cost, ParameterBudget
 from engram.config import ConfigError, ModelConfig, require
 from engram.interop import deepseek_v41, qwen4_exp
 from engram.interop.checkpoint_files import TensorFiles
-from engram.interop.layers import CONFIG, read_config, text_settings
-from engram.memory import table_sizes
+from engram.interop.layers import CONFIG, errors_name, read_config, sizes_that_fit, text_settings
 from engram.parallel.checkpoint import named_errors, open_checkpoint, read_run
 from engram.parallel.consolidate import model_shapes
+from engram.training.weights import read_config as read_model_config
 
 
 @dataclass(frozen=True)
@@ -93,22 +93,25 @@ class Report:
 def inspect(path: str | Path) -> Report:
     """Report on the folder of a model or checkpoint of engram, Qwen4-Exp or DeepSeek-V4.1, reading no weights.
 
-    Raises `ConfigError` naming the folder, file or tensor for anything else, a tensor that is missing, or one of
-    another shape than the config says.
+    Raises `ConfigError` naming the folder, file or tensor for anything else, a header that is damaged, and a table that
+    is missing or of another shape than the config says.
     """
     folder = Path(path)
     require(folder.is_dir(), "path", str(path), "the folder of a model or a checkpoint")
+    with errors_name(folder):
+        return _inspected(folder)
+
+
+def _inspected(folder: Path) -> Report:
     if (folder / ".metadata").exists():
         return _checkpoint(folder)
-    require((folder / CONFIG).exists(), "path", str(path), f"a folder with a {CONFIG}, or that of a checkpoint")
+    require((folder / CONFIG).exists(), "path", str(folder), f"a folder with a {CONFIG}, or that of a checkpoint")
     config = read_config(folder)
     kind = str(config.get("model_type", "")).removesuffix("_text")
     if kind in _RELEASED:
-        return _released(folder, config, _RELEASED[kind])
+        return _released(folder, kind, _RELEASED[kind])
     require("d_model" in config, f"{str(folder / CONFIG)!r}: model_type", kind or None, _KINDS)
-    if kind == "engram":  # saved through transformers, which adds settings of its own
-        config = {field.name: config[field.name] for field in fields(ModelConfig) if field.name in config}
-    return _model(folder, ModelConfig.from_dict(config))
+    return _model(folder, read_model_config(folder))
 
 
 # --- our own
@@ -140,12 +143,13 @@ def _checkpoint(folder: Path) -> Report:
 
 
 def _own(folder: Path, kind: str, config: ModelConfig, held: Mapping[str, _Held]) -> Report:
+    tables = tuple(_own_tables(folder, config, held))
     budget = ParameterBudget.of(config)
     return Report(
         path=str(folder),
         kind=kind,
         bytes=sum(each.bytes for each in held.values()),
-        tables=tuple(_own_tables(folder, config, held)),
+        tables=tables,
         parts={name: Cost(cost.total, cost.active) for name, cost in budget.breakdown.items()},
         total=budget.total,
         active=budget.active,
@@ -160,14 +164,15 @@ def _own_tables(folder: Path, config: ModelConfig, held: Mapping[str, _Held]) ->
     memory = config.memory
     if memory is None or not memory.present:
         return
-    sizes = list(table_sizes(memory).items())
-    if memory.kind in ("over_encoding", "additive_bigram"):
-        sizes = sizes[:1]
-    for layer, heads in sizes:
-        place = {"over_encoding": None, "additive_bigram": 0}.get(memory.kind, layer)
-        name = "input_memory.table.weight" if place is None else f"memory.{place}.table.weight"
+    alone: dict[str, tuple[int | None, ...]] = {"over_encoding": (None,), "additive_bigram": (0,)}
+    places = alone.get(memory.kind, memory.layers)
+    names = ["input_memory.table.weight" if place is None else f"memory.{place}.table.weight" for place in places]
+    for name in names:
         if name not in held:
             raise ConfigError(f"{str(folder)!r} lacks the tensor {name}")
+    sizes = sizes_that_fit(memory, {name: held[name].shape[0] for name in names}, repr(str(folder)))
+    # A memory that stands alone has the first layer's heads.
+    for place, name, heads in zip(places, names, sizes.values(), strict=False):
         found, wanted = held[name], (sum(heads), memory.row_width)
         require(found.shape == wanted, f"{str(folder)!r}: tensor {name}: shape", found.shape, str(wanted))
         yield Table(place, sum(heads), 0, len(heads), memory.row_width, found.type_name, found.bytes, 1)
@@ -193,7 +198,7 @@ class _Kind:
 def _qwen_tables(folder: Path, files: TensorFiles) -> Iterator[Table]:
     checkpoint = qwen4_exp.Checkpoint(folder)
     config = checkpoint.config
-    for layer, heads in table_sizes(config).items():
+    for layer, heads in checkpoint.sizes().items():
         parts = checkpoint.parts(layer, sum(heads))
         rows, n_bytes = sum(p.n_rows for p in parts), sum(files.stored(p.name).n_bytes for p in parts)
         unread = rows - sum(heads)
@@ -202,7 +207,7 @@ def _qwen_tables(folder: Path, files: TensorFiles) -> Iterator[Table]:
 
 def _v41_tables(folder: Path, files: TensorFiles) -> Iterator[Table]:
     config = deepseek_v41.memory_config(folder)
-    for layer, heads in table_sizes(config).items():
+    for layer, heads in deepseek_v41.sizes(files, config).items():
         name = f"layers.{layer}.engram.embed."
         values = files.expect(name + "weight", (sum(heads), config.row_width))
         row_type, n_bytes = _name(values.dtype), values.n_bytes
@@ -262,10 +267,9 @@ _RELEASED = {
 _KINDS = "qwen4_exp, deepseek_v41, or none in a model of engram, which has a d_model instead"
 
 
-def _released(folder: Path, config: Mapping[str, Any], kind: _Kind) -> Report:
+def _released(folder: Path, model_type: str, kind: _Kind) -> Report:
     files = TensorFiles(folder)
-    model_type = str(config["model_type"]).removesuffix("_text")
-    settings = text_settings(folder, config, model_type, kind.defaults)
+    settings = text_settings(folder, model_type, kind.defaults)
     tables = tuple(kind.tables(folder, files)) if settings[kind.layers] else ()
     n_experts, top_k = settings[kind.n_experts], settings[kind.top_k]
     where = f"{str(folder / CONFIG)!r}: {kind.top_k}"

@@ -16,8 +16,18 @@ from torch import Tensor, nn
 
 from engram.config import ConfigError, MemoryConfig, require
 from engram.interop.checkpoint_files import TensorFiles, write_rows
-from engram.interop.layers import CONFIG, chosen, copied, empty_layer, read_config, require_fits, text_settings
-from engram.memory import Engram
+from engram.interop.layers import (
+    CONFIG,
+    chosen,
+    copied,
+    empty_layer,
+    errors_name,
+    orders_up_to,
+    require_fits,
+    sizes_that_fit,
+    text_settings,
+)
+from engram.memory import Engram, NgramHasher
 
 KIND = "qwen4_exp"
 # What transformers takes for settings that a config.json does not name.
@@ -78,11 +88,13 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
     Names, shapes, parts and types stay those of `source`, to which values are rounded; what is unchanged stays bit for
     bit. The folder appears whole or not at all.
 
-    Raises `ConfigError` naming the setting for a memory that is not of the config that `source` has.
+    Raises `ConfigError` naming the setting for a memory that is not of the config that `source` has, and as
+    `read_memory` for a `source` that it would refuse.
     """
     checkpoint = Checkpoint(source)
     for layer, memory in memories.items():
         require_fits(memory, layer, checkpoint.config)
+        checkpoint.require_tensors(layer)
     with copied(Path(source), Path(folder)) as draft:
         for layer, memory in memories.items():
             checkpoint.write(layer, memory, draft)
@@ -93,21 +105,23 @@ class Checkpoint:
     """A folder's config and tensors, and how a layer's tensors lie in ours."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.settings = text_settings(folder, read_config(folder), KIND, DEFAULTS)
+        self.settings = text_settings(folder, KIND, DEFAULTS)
         self.files = TensorFiles(folder)
         self.where = repr(str(Path(folder) / CONFIG))
         blocks = self.settings["ple_layer_ids"] or []
-        numbers = isinstance(blocks, list) and blocks and all(isinstance(block, int) and block > 0 for block in blocks)
+        numbers = isinstance(blocks, list) and blocks and all(type(block) is int and block > 0 for block in blocks)
         require(bool(numbers), f"{self.where}: ple_layer_ids", blocks, "the 1-based numbers of one block or more")
-        for name, least in (("make_ngram_vocab_size_divisible_by", 1), ("split_ngram_parts", 0)):
-            require(self.settings[name] >= least, f"{self.where}: {name}", self.settings[name], f"{least} or more")
-        self.config = self._config(sorted(set(blocks)))
+        multiple = self.settings["make_ngram_vocab_size_divisible_by"]
+        require(multiple >= 1, f"{self.where}: make_ngram_vocab_size_divisible_by", multiple, "1 or more")
+        with errors_name(Path(folder) / CONFIG):
+            self.config = self._config(sorted(set(blocks)))
 
     def _config(self, blocks: list[int]) -> MemoryConfig:
         s = self.settings
         eos = s["eos_token_id"][0] if isinstance(s["eos_token_id"], list) else s["eos_token_id"]
-        require(isinstance(eos, int), f"{self.where}: eos_token_id", eos, "an id, at which N-grams start anew")
-        n_heads = (s["ngram_size"] - 1) * s["heads_per_ngram"]
+        require(type(eos) is int, f"{self.where}: eos_token_id", eos, "an id, at which N-grams start anew")
+        orders = orders_up_to(s["ngram_size"], f"{self.where}: ngram_size")
+        n_heads = len(orders) * s["heads_per_ngram"]
         width = s["ple_embed_dim"] or s["hidden_size"]
         require(
             n_heads > 0 and width % n_heads == 0,
@@ -121,10 +135,10 @@ class Checkpoint:
         require(table.dtype in _FLOATS, f"{str(table.path)!r}: type of {embedding}", table.dtype, str(_FLOATS))
         return MemoryConfig(
             layers=tuple(block - 1 for block in blocks),
-            orders=tuple(range(2, s["ngram_size"] + 1)),
+            orders=orders,
             n_heads=s["heads_per_ngram"],
             row_width=width // n_heads,
-            rows=(s["ngram_vocab_size_base"],) * (s["ngram_size"] - 1),
+            rows=(s["ngram_vocab_size_base"],) * len(orders),
             table_dtype="float32" if table.dtype == torch.float32 else "bfloat16",
             hash="qwen",
             seed=s["seed"],
@@ -147,43 +161,72 @@ class Checkpoint:
                 return root + f"layers.{layer}.ple."
         raise ConfigError(f"{str(self.files.folder)!r} lacks the tensor {key} (also after `model.` and the like)")
 
+    def sizes(self) -> dict[int, tuple[int, ...]]:
+        """Rows of each head, by block, of tables that are there."""
+        found = {
+            f"the table of block {layer}": sum(
+                self.files.stored(name).shape[0] for name in self._tensors_of_table(layer)
+            )
+            for layer in self.config.layers
+        }
+        return sizes_that_fit(self.config, found, repr(str(self.files.folder)))
+
+    def _tensors_of_table(self, layer: int) -> dict[str, int]:
+        """Names of the tensors that hold a table's rows, and their numbers."""
+        embedding = self._prefix(layer) + "ple_embedding.ngram_embedding."
+        if embedding + "weight" in self.files:
+            return {embedding + "weight": 0}
+        pattern = re.compile(re.escape(embedding) + r"shard_(\d+)\.weight")
+        return {name: int(found[1]) for name in self.files if (found := pattern.fullmatch(name))}
+
     def parts(self, layer: int, n_rows: int) -> list[Part]:
         """The parts of a table of `n_rows` rows, filled up, checked for being there and of the right size."""
         multiple = self.settings["make_ngram_vocab_size_divisible_by"]
         padded = -(-n_rows // multiple) * multiple
         embedding = self._prefix(layer) + "ple_embedding.ngram_embedding."
-        numbers = [int(n[1]) for name in self.files if (n := re.fullmatch(embedding + r"shard_(\d+)\.weight", name))]
-        n_parts = self.settings["split_ngram_parts"] or max(numbers, default=0) + 1
-        if embedding + "weight" in self.files:
-            parts = [Part(embedding + "weight", 0, padded)]
-        else:
-            size = -(-padded // n_parts)  # as torch.chunk cuts
-            parts = [
-                Part(f"{embedding}shard_{i}.weight", first, min(size, padded - first))
-                for i, first in enumerate(range(0, padded, size))
-            ]
-        for part in parts:
+        whole = embedding + "weight" in self.files
+        n_parts = 1 if whole else self.settings["split_ngram_parts"]
+        n_parts = n_parts or max(self._tensors_of_table(layer).values(), default=0) + 1
+        size = -(-padded // n_parts)  # as torch.chunk cuts
+        parts = []
+        for i, first in enumerate(range(0, padded, size)):
+            part = Part(embedding + ("weight" if whole else f"shard_{i}.weight"), first, min(size, padded - first))
             self.files.expect(part.name, (part.n_rows, self.config.row_width), getattr(torch, self.config.table_dtype))
+            parts.append(part)
         return parts
 
+    def require_tensors(self, layer: int) -> None:
+        """Raise `ConfigError` unless a memory's tensors are all there, as the config says."""
+        files, prefix, M, D = self.files, self._prefix(layer), self.config.branches, self.config.d_model
+        with errors_name(files.folder):
+            self.parts(layer, sum(self.sizes()[layer]))
+            key = files.expect(prefix + "key_proj.weight", (M * D, self.config.d_memory), *_FLOATS)
+            files.expect(prefix + "value_proj.weight", (D, self.config.d_memory), key.dtype)
+            with_conv = ("norm_conv",) if self.config.conv_kernel else ()
+            for name in ("norm_query", "norm_key", *with_conv):
+                files.expect(f"{prefix}{name}.weight", (M * D,), *_FLOATS)
+            if with_conv:
+                files.expect(prefix + "conv1d.weight", (M * D, 1, self.config.conv_kernel), *_FLOATS)
+            self._require_hash(layer, prefix + "ple_embedding.")
+
     def read(self, layer: int) -> Engram:
+        self.require_tensors(layer)
+        with errors_name(self.files.folder):
+            return self._read(layer)
+
+    def _read(self, layer: int) -> Engram:
         files, prefix = self.files, self._prefix(layer)
-        memory = empty_layer(self.config, layer)
-        self._check_hash(memory, layer, prefix + "ple_embedding.")
+        memory, dtype = empty_layer(self.config, layer), files.stored(prefix + "key_proj.weight").dtype
         table = memory.table.weight
         for part in self.parts(layer, len(table)):
             files.read_into(part.name, table[part.first : part.first + part.n_rows])
         M, D = self.config.branches, self.config.d_model
-        key = files.expect(prefix + "key_proj.weight", (M * D, self.config.d_memory), *_FLOATS)
-        files.expect(prefix + "value_proj.weight", (D, self.config.d_memory), key.dtype)
-        memory.project.weight = nn.Parameter(torch.empty(memory.project.weight.shape, dtype=key.dtype))
+        memory.project.weight = nn.Parameter(torch.empty(memory.project.weight.shape, dtype=dtype))
         files.read_into(prefix + "key_proj.weight", memory.project.weight[: M * D])
         files.read_into(prefix + "value_proj.weight", memory.project.weight[M * D :])
         for name, norm in self._norms(memory, prefix).items():
-            files.expect(name, (M * D,), *_FLOATS)
             norm.data.copy_(1 + files.read(name).float().view(M, D))
         if memory.fusion.conv_weight is not None:
-            files.expect(prefix + "conv1d.weight", (M * D, 1, self.config.conv_kernel), *_FLOATS)
             taps = files.read(prefix + "conv1d.weight")
             memory.fusion.conv_weight = nn.Parameter(taps.view(M, D, -1).permute(2, 0, 1).contiguous())
         return memory
@@ -216,8 +259,8 @@ class Checkpoint:
         }
         return {f"{prefix}{name}.weight": norm for name, norm in norms.items() if norm is not None}
 
-    def _check_hash(self, memory: Engram, layer: int, prefix: str) -> None:
-        hasher, at = memory.reader.hasher, self.config.layers.index(layer)
+    def _require_hash(self, layer: int, prefix: str) -> None:
+        hasher, at = NgramHasher(self.config, self.config.vocab_size), self.config.layers.index(layer)
         ours = {
             "layer_multipliers": torch.tensor(hasher.multipliers[layer]),
             "ngram_heads_vocab_sizes": hasher.moduli[at],

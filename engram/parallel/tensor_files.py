@@ -125,7 +125,7 @@ def read_header(path: Path) -> Header:
         listed = json.loads(raw[8:])
         metadata = dict(listed.pop("__metadata__", {}))
         entries = {name: _entry(described, len(raw)) for name, described in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ConfigError(f"{path.name}: its header is damaged: {type(error).__name__} {error}") from error
     end, size = len(raw), path.stat().st_size
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
@@ -141,8 +141,8 @@ def read_header(path: Path) -> Header:
 
 
 def _entry(described: dict[str, Any], begin: int) -> Entry:
-    start, end = (int(offset) + begin for offset in described["data_offsets"])
-    shape = torch.Size(described["shape"])
-    if min(shape, default=0) < 0:
-        raise ValueError(f"shape {list(shape)}")
-    return Entry(_DTYPES[described["dtype"]], shape, start, end)
+    start, end = described["data_offsets"]
+    shape = described["shape"]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (start, end, *shape)):
+        raise ValueError(f"shape {shape}, offsets {[start, end]}")
+    return Entry(_DTYPES[described["dtype"]], torch.Size(shape), start + begin, end + begin)

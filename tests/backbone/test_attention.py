@@ -122,7 +122,7 @@ def test_a_document_in_a_window_is_attended_as_if_alone(kind: str) -> None:
 
 def _copy_projections(ours: GroupedQueryAttention, theirs: Any) -> None:
     with torch.no_grad():
-        q, k, v = ours.qkv.weight.split(ours.split)
+        q, k, v = ours.qkv.weight.split([n * ours.config.head_dim for n in ours.heads])
         theirs.q_proj.weight.copy_(q)
         theirs.k_proj.weight.copy_(k)
         theirs.v_proj.weight.copy_(v)

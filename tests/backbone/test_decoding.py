@@ -1,5 +1,6 @@
 """Decoding in any chunks, with padding, going back and beams, gives what the whole sequence gives without a cache."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -94,6 +95,29 @@ def test_sequences_are_chosen_and_doubled_as_beams_are(shape: str) -> None:
     torch.testing.assert_close(step(model, more, state), expected, **ROUNDING)
 
 
+def test_a_copied_state_goes_its_own_way_and_does_not_copy_the_tables() -> None:
+    model, ids = exact("two memories"), torch.randint(0, V, (2, 9))
+    state = model.init_state(2, capacity=9, slack=2)
+    step(model, ids[:, :6], state)
+    twin = deepcopy(state)
+    step(model, ids[:, 6:], state)
+    twin.rollback(1)
+    other = torch.cat([ids[:, :5], ids[:, :3]], 1)
+    torch.testing.assert_close(step(model, ids[:, :3], twin), uncached(model, other)[:, 5:], **ROUNDING)
+    kept = {id(x) for x in vars(twin)["_memories"].values()}
+    assert kept == {id(memory) for memory in model.memories().values()}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_model_in_bfloat16_decodes_as_it_computes(shape: str) -> None:
+    model, ids = model_of(**SHAPES[shape]).to(torch.bfloat16).eval(), torch.randint(0, V, (2, T))
+    state = model.init_state(2, capacity=T)
+    logits = torch.cat([step(model, part, state) for part in ids.split([6] + [1] * 11, 1)], 1)
+    whole = uncached(model, ids)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - whole).abs().max() < 0.1 * whole.abs().max()
+
+
 @pytest.mark.parametrize("shape", ["plain", "latent", "two memories"])
 def test_one_compiled_step_serves_every_token(shape: str) -> None:
     model, ids = exact(shape), torch.randint(0, V, (2, 12))
@@ -136,5 +160,10 @@ def test_a_step_that_cannot_be_taken_is_refused() -> None:
             call()
     model.step(torch.zeros(2, 3, dtype=torch.int64), state)
     state.rollback(1)
-    with pytest.raises(ConfigError, match="tokens to take back is 2: allowed is 0 to 1"):
-        state.rollback(2)
+    for n, message in ((2, "tokens to take back is 2: allowed is 0 to 1"), (-1, "tokens to take back is -1")):
+        with pytest.raises(ConfigError, match=message):
+            state.rollback(n)
+    padded = model.init_state(2, capacity=4, slack=2)
+    model.step(torch.zeros(2, 3, dtype=torch.int64), padded, torch.tensor([[True] * 3, [False, False, True]]))
+    with pytest.raises(ConfigError, match=r"tokens to take back is 2: allowed is no more than sequences \[1\] have"):
+        padded.rollback(2)

@@ -51,8 +51,8 @@ def tokenizer() -> Tokenizer:
 def test_prompts_of_unequal_length_are_continued_as_each_alone() -> None:
     """Past where the state has to grow."""
     model = model_of(50)
-    prompts = [[3], [7, 0, 0, 12, 4], [0, 9]]
-    expected = [likeliest(model, prompt, 100) for prompt in prompts]
+    prompts: list[Any] = [[3], torch.tensor([7, 0, 0, 12, 4]), (0, 9)]
+    expected = [likeliest(model, list(map(int, prompt)), 100) for prompt in prompts]
     assert generate(model, prompts, 100) == expected
     assert len({tuple(new) for new in expected}) == 3
 
@@ -130,11 +130,15 @@ def test_several_texts_are_continued_together(tokenizer: Tokenizer) -> None:
 
 
 def test_what_cannot_be_continued_is_refused(tokenizer: Tokenizer) -> None:
-    model = model_of(290)
+    model, diverged = model_of(290), model_of(290)
+    torch.nn.init.constant_(diverged.norm.weight, float("nan"))
     refused: list[tuple[str, Any]] = [
         ("prompts is 0", lambda: generate(model, [], 3)),
         ("length of a prompt in tokens is 0", lambda: generate(model, [[1], []], 3)),
         ("max_new_tokens is 0", lambda: generate(model, [[1]], 0)),
+        ("seed is 18446744073709551616", lambda: generate(model, [[1]], 3, seed=2**64)),
+        ("token's logit is \\[nan\\]", lambda: generate(diverged, [[1]], 3)),
+        ("prompt is 'a\\\\udcff'", lambda: TextGenerator(model, tokenizer).generate(["a\udcff"], 3)),
         ("token id is 290", lambda: generate(model, [[290]], 3)),
         ("length of a prompt in tokens is 0", lambda: TextGenerator(model, tokenizer).generate([""], 3)),
         ("stop is \\[''\\]", lambda: TextGenerator(model, tokenizer).generate(["a"], 3, stop=[""])),

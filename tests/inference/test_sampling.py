@@ -87,9 +87,24 @@ def test_a_temperature_of_zero_takes_the_likeliest() -> None:
     assert torch.equal(Sampling(temperature=0, top_k=3).draw(logits, nothing), logits.argmax(-1))
 
 
+def test_no_temperature_is_too_low_and_no_logit_too_large_to_draw() -> None:
+    logits, nothing = 1e38 * torch.randn(50, V).clamp(-3, 3), torch.zeros(50, V, dtype=torch.bool)
+    for cut in ({}, {"top_p": 0.5, "min_p": 0.1, "top_k": 3}):
+        assert torch.equal(Sampling(temperature=1e-6, **cut).draw(logits, nothing), logits.argmax(-1))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("min_p", 2.0), ("repetition_penalty", 0.0)],
+    [
+        ("temperature", -1.0),
+        ("temperature", 1e-40),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+    ],
 )
 def test_a_setting_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name} is {value}"):

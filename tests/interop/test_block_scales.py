@@ -79,6 +79,23 @@ def test_a_new_scale_is_the_smallest_power_of_two_that_holds_the_block(largest: 
     torch.testing.assert_close(decode(codes, powers, 1), new, rtol=1 / 16, atol=0)
 
 
+@pytest.mark.parametrize(("largest", "scale"), [(448.0, 1.0), (448.5, 2.0), (447.0, 1.0), (224.0, 0.5), (896.0, 2.0)])
+def test_a_block_whose_largest_value_is_the_largest_of_e4m3_fits_as_it_is(largest: float, scale: float) -> None:
+    values, scales = stored(1, 32, 1, scale=0)
+    _, powers = encode(torch.full((1, 32), largest), values, scales, 1)
+    assert float(powers.float()) == scale
+
+
+def test_what_e4m3_lacks_becomes_nan_and_leaves_its_blocks_other_values_alone() -> None:
+    for odd in (math.inf, -math.inf, math.nan):
+        values, scales = stored(1, 32, 1, scale=130)
+        new = torch.full((1, 32), 1000.0)
+        new[0, 3] = odd
+        found = decode(*encode(new, values, scales, 1), 1)
+        assert found.isnan().nonzero().tolist() == [[0, 3]]
+        torch.testing.assert_close(found[new == 1000], new[new == 1000], rtol=1 / 16, atol=0)
+
+
 def test_a_block_of_zeros_is_zeros() -> None:
     values, scales = stored(1, 32, 1, scale=130)
     assert (decode(*encode(torch.zeros(1, 32), values, scales, 1), 1) == 0).all()

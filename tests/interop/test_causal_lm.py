@@ -1,14 +1,16 @@
 """EngramLM through transformers: the same logits, kept and loaded, and all of `generate` on its cache."""
 
 import json
+import pickle
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from engram import ConfigError, EngramLM, ModelConfig
 from engram.inference import generate
@@ -106,6 +108,7 @@ def left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         {"num_beams": 3, "num_return_sequences": 2},
         {"do_sample": True, "top_k": 5, "temperature": 1.5, "num_return_sequences": 3},
         {"prompt_lookup_num_tokens": 4, "batch": 1},
+        {"prompt_lookup_num_tokens": 90, "batch": 1, "times": 20},
         {"repetition_penalty": 1.5},
         {"prefill_chunk_size": 2},
     ],
@@ -114,7 +117,8 @@ def left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
 def test_every_way_to_generate_is_the_same_with_and_without_the_cache(settings: dict[str, Any]) -> None:
     model = causal().double()
     settings = dict(settings)
-    ids, mask = left_padded([[3, 0, 5, 3, 0, 5, 3, 0], [7, 1, 0, 12, 4]][: settings.pop("batch", 2)])
+    prompts = [[3, 0, 5, 3, 0, 5, 3, 0] * settings.pop("times", 1), [7, 1, 0, 12, 4]]
+    ids, mask = left_padded(prompts[: settings.pop("batch", 2)])
     common: dict[str, Any] = {"max_new_tokens": 12, "pad_token_id": 0, "attention_mask": mask}
     outputs = []
     for cached in (True, False):
@@ -202,6 +206,57 @@ def test_copies_and_replaced_children_are_the_models_own() -> None:
     assert copy.lm.norm is copy.norm
 
 
+def test_an_adapter_counts_in_decoding_too() -> None:
+    """Also where decoding reads a map's weight instead of calling it, as that of latent attention."""
+    latent = {"kind": "mla", "n_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+    for attention in (CONFIG["attention"], {**latent, "v_head_dim": 6}):
+        bare, ids = causal(attention=attention).double(), torch.randint(0, V, (2, 9))
+        before = bare(ids).logits
+        settings = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(bare, settings).eval()
+        cache = model(ids[:, :4], use_cache=True).cache
+        logits = model(ids[:, 4:], cache=cache).logits
+        torch.testing.assert_close(logits, model(ids).logits[:, 4:])
+        assert (logits - before[:, 4:]).abs().max() > 0.01
+        model(ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_model_goes_through_pickle() -> None:
+    model, ids = causal(), torch.randint(0, V, (1, 7))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.lm.embed is again.embed
+
+
+@pytest.mark.parametrize("sizes", [["10KB", "1GB"], ["1GB", "10KB"], ["10KB", "20KB"]], ids=str)
+def test_a_model_saved_over_another_in_other_files_is_the_one_that_both_ways_load(
+    sizes: list[str], tmp_path: Path
+) -> None:
+    ids = torch.randint(0, V, (2, 9))
+    for size in sizes:
+        model = causal()
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        logits = model(ids).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, logits)
+        assert torch.equal(load_model(tmp_path).eval()(ids), logits)
+
+
+def test_losses_of_batches_add_up_to_that_of_all() -> None:
+    """As the Trainer sums gradients of several batches: each gives its part of the mean over all their labels."""
+    model, ids = causal().train(), torch.randint(0, V, (4, 9))
+    labels = ids.clone()
+    labels[0, :6] = -100
+    n = (labels[:, 1:] != -100).sum()
+    expected, total = model.eval()(ids, labels=labels).loss, torch.zeros(())
+    model.train()
+    for part in (slice(0, 2), slice(2, 4)):
+        total = total + model(ids[part], labels=labels[part], num_items_in_batch=n).loss
+        aux = sum(stats.aux_loss for stats in model.lm.run(ids[part]).routing)
+        expected = expected + aux * (labels[part, 1:] != -100).sum() / n
+    torch.testing.assert_close(total, expected)
+
+
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     model = causal()
     model.save_pretrained(tmp_path)
@@ -233,6 +288,8 @@ def test_what_is_not_supported_is_refused() -> None:
     model, ids = causal(), torch.randint(0, V, (1, 3))
     refused: list[tuple[str, Any]] = [
         ("input_ids is None", lambda: model(inputs_embeds=torch.randn(1, 3, 24))),
+        ("shape of attention_mask is \\(1, 1, 3, 3\\)", lambda: model(ids, attention_mask=torch.ones(1, 1, 3, 3))),
+        ("cache is 'DynamicCache'", lambda: model(ids, cache=DynamicCache())),
         ("inputs_embeds", lambda: model(ids, inputs_embeds=torch.randn(1, 3, 24))),
         ("output_hidden_states", lambda: model(ids, output_hidden_states=True)),
         ("new_num_tokens is 50", lambda: model.resize_token_embeddings(50)),

@@ -69,7 +69,7 @@ def test_a_tensor_that_the_index_alone_knows_is_named(folder: Path) -> None:
         TensorFiles(folder).read("z")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 10**5])
 def test_a_broken_index_is_named(folder: Path, text: str) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ConfigError, match=r"index\.json"):
@@ -82,18 +82,62 @@ def test_an_index_leads_to_no_other_folder(folder: Path) -> None:
         TensorFiles(folder)
 
 
+@pytest.mark.parametrize("name", ["..", "", "a\0b", "\ud800", "x" * 5000])
+def test_a_name_in_the_index_that_is_no_files_is_refused(folder: Path, name: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ConfigError, match="can't be read as safetensors"):
+        TensorFiles(folder).read("a")
+
+
 def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"allowed is a folder with model\.safetensors or"):
         TensorFiles(tmp_path)
 
 
-@pytest.mark.parametrize("spoil", ["short", "long header", "no header", "empty"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data_offsets", [0.0, 48]),
+        ("data_offsets", ["0", 48]),
+        ("data_offsets", [0, float("inf")]),
+        ("data_offsets", [0, 10**400]),
+        ("data_offsets", [False, 48]),
+        ("data_offsets", [0]),
+        ("data_offsets", [0, 40]),
+        ("data_offsets", [-8, 48]),
+        ("data_offsets", [48, 96]),
+        ("shape", [4.0, 3]),
+        ("shape", [-4, -3]),
+        ("shape", [2**64, 3]),
+        ("shape", [2**62, 0]),
+        ("shape", 12),
+        ("dtype", "F4"),
+        ("dtype", []),
+    ],
+)
+def test_a_header_that_says_what_cannot_be_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "model.safetensors"
+    described = {"dtype": "F32", "shape": [4, 3], "data_offsets": [0, 48]}
+
+    def write(described: dict) -> None:
+        text = json.dumps({"a": described}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 48)
+
+    write(described)
+    assert TensorFiles(tmp_path).read("a").shape == (4, 3)
+    write({**described, key: value})
+    with pytest.raises(ConfigError, match=r"model\.safetensors' can't be read as safetensors: .* is damaged"):
+        TensorFiles(tmp_path)
+
+
+@pytest.mark.parametrize("spoil", ["deep", "short", "long header", "no header", "empty"])
 def test_a_spoiled_file_is_named(tmp_path: Path, spoil: str) -> None:
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path)
     whole = path.read_bytes()
     spoiled = {
+        "deep": (10**5).to_bytes(8, "little") + b"[" * 10**5,
         "short": whole[:-3],
         "long header": (2**40).to_bytes(8, "little") + whole[8:],
         "no header": whole[:8] + b"x" * (len(whole) - 8),

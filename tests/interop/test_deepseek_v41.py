@@ -220,7 +220,15 @@ def spoiled(tmp_path: Path, changed: dict[str, Tensor | None], **settings: Any) 
             {},
             r"wkv\.scale: type is torch\.float32: allowed is torch\.float8_e8m0fnu",
         ),
-        ({}, {"engram_vocab_size": 40}, r"embed\.weight: shape is "),
+        ({}, {"engram_vocab_size": 32}, r"embed\.weight: shape is "),
+        ({}, {"engram_vocab_size": 2**60}, r"rows of layers\.0\.engram\.embed\.weight is 252: allowed is \d+ or more"),
+        ({}, {"engram_n_heads": 2**60}, r"rows of layers\.0\.engram\.embed\.weight is 252: allowed is \d+ or more"),
+        ({}, {"engram_vocab_size": 1, "engram_n_heads": 40}, r"rows of layers\.0.* is 252: allowed is 7260 or more"),
+        ({}, {"engram_max_ngram_size": 2**60}, r"config\.json': engram_max_ngram_size is \d+: allowed is 2 to 64"),
+        ({}, {"hidden_size": 2**30}, r"wkv\.weight: shape is "),
+        ({}, {"hidden_size": 40.0}, r"config\.json': hidden_size is 40\.0: allowed is a whole number"),
+        ({}, {"rms_norm_eps": float("inf")}, r"config\.json': rms_norm_eps is inf: allowed is a number"),
+        ({}, {"rms_norm_eps": 0}, r"config\.json.* memory\.norm_eps is 0: allowed is above 0"),
         (
             {},
             {"engram_num_embeddings": [300, 400]},
@@ -236,11 +244,39 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, changed: dict, set
         deepseek_v41.read_memory(spoiled(tmp_path, changed, **settings))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layers.0.engram.q_weight": torch.ones(3, 39)}, r"q_weight: shape is \[3, 39\]: allowed is \[3, 40\]"),
+        ({"layers.0.engram.k_weight": torch.ones(3, 40).half()}, r"k_weight: type is torch\.float16"),
+        ({"layers.0.engram.wkv.scale": torch.ones(5, 11).to(torch.float8_e8m0fnu)}, r"wkv\.scale: shape is \[5, 11\]"),
+        ({"layers.0.engram.embed.weight": torch.ones(240, 64).bfloat16()}, r"embed\.weight: shape is \[240, 64\]"),
+        ({"layers.0.engram.embed.weight": torch.ones(260, 64).bfloat16()}, r"embed\.weight: shape is \[260, 64\]"),
+    ],
+)
+def test_nothing_is_written_into_a_checkpoint_that_would_not_be_read(
+    folder: Path, tmp_path: Path, changed: dict, message: str
+) -> None:
+    """Rows that are written into a tensor of another shape would be written over the tensors behind it."""
+    memories = deepseek_v41.read_memory(folder)
+    with pytest.raises(ConfigError, match=message):
+        deepseek_v41.write_memory(memories, spoiled(tmp_path, changed), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_lookup_of_other_ids_is_refused(folder: Path) -> None:
+    for odd in (torch.empty(0, dtype=torch.int64), torch.arange(-31, 29)):
+        with pytest.raises(ConfigError, match=r"lookup is .*: allowed is canonical ids of 0 or more"):
+            deepseek_v41.read_memory(folder, lookup=odd)
     with pytest.raises(ConfigError, match="canonical ids of lookup is 60: allowed is 29"):
         deepseek_v41.read_memory(folder, lookup=torch.arange(60))
     with pytest.raises(ConfigError, match="layers is 1: allowed is one of the blocks"):
         deepseek_v41.read_memory(folder, [1])
+
+
+def test_ids_that_the_tokenizer_has_no_token_for_are_padding(folder: Path) -> None:
+    lookup = deepseek_v41.token_lookup(folder)
+    assert lookup.tolist() == canonical_ids() + [canonical_ids()[PAD]] * 3
 
 
 def test_another_models_checkpoint_is_refused(folder: Path) -> None:

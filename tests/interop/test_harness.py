@@ -188,6 +188,23 @@ def test_numbers_do_not_depend_on_the_size_of_a_batch(saved: tuple[Path, EngramL
     assert scores[0][:-1] == pytest.approx([scored(model, tokenizer, *pair) for pair in pairs[:-1]], abs=1e-4)
 
 
+def test_texts_go_on_within_the_models_length_and_to_the_end_of_the_document(
+    saved: tuple[Path, EngramLM, Tokenizer],
+) -> None:
+    folder, _, tokenizer = saved
+    harness = EngramHarness(path=str(folder), batch_size=3, device="cpu")
+    prompts, lengths = [TEXT[:n] for n in (3, 20, 33, 60, 90)], {6: 6, 40: LENGTH // 2}
+    for boost in (1.0, 4.0):  # of the end-of-text token
+        with torch.no_grad():
+            harness.model.head.weight[1] *= boost
+        for asked, given in lengths.items():
+            pairs = [(prompt, {"until": [], "max_gen_toks": asked}) for prompt in prompts]
+            found = harness.generate_until(requests("generate_until", *pairs), disable_tqdm=True)
+            assert found == [continued(harness.model, tokenizer, prompt, given) for prompt in prompts]
+    n_tokens = [len(harness.tok_encode(text)) for text in found]
+    assert min(n_tokens) < LENGTH // 2 - 2  # some ended
+
+
 def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_most_likely(
     saved: tuple[Path, EngramLM, Tokenizer],
 ) -> None:
@@ -245,8 +262,57 @@ def test_what_cannot_be_evaluated_is_named(saved: tuple[Path, EngramLM, Tokenize
         EngramHarness(path=str(folder), dtype="int4")
 
 
+def in_python(code: str, *paths: Path, options: tuple[str, ...] = ()) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, *options, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_the_model_is_known_however_the_harness_is_found_and_is_not_imported_before_it_is_asked_for() -> None:
+    known = (
+        "from lm_eval.api.registry import model_registry; print('engram' in model_registry, 'engram' in sys.modules)"
+    )
+    first = "import importlib.util, sys, _engram_lm_eval; "
+    for before in ("", "importlib.util.find_spec('lm_eval.models'); "):
+        assert in_python(first + before + "import lm_eval.models; " + known, ROOT / "packaging") == "True False"
+
+
+def test_a_harness_that_finds_plugins_by_itself_finds_ours_before_and_after_us() -> None:
+    """As one might: entry points are put into the list, and the class is there when it is asked for."""
+    add = (
+        "import _engram_lm_eval\n"
+        "from importlib.metadata import EntryPoint; from lm_eval.api.registry import get_model, model_registry\n"
+        "model_registry.register('engram', target=EntryPoint('engram', '{}', 'lm_eval.models'))\n"
+    ).format("engram.interop.harness:EngramHarness")
+    ask = "print(get_model('engram').__name__)"
+    assert in_python(add + "import lm_eval.models\n" + ask, ROOT, ROOT / "packaging") == "EngramHarness"
+    assert in_python("import lm_eval.models\n" + add + "print('added')", ROOT / "packaging") == "added"
+
+
+def test_a_harness_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    """Versions before 0.4.10 have another registry."""
+    for folder in ("lm_eval", "lm_eval/models", "lm_eval/api"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("")
+    (tmp_path / "lm_eval" / "api" / "registry.py").write_text("MODEL_REGISTRY = {}")
+    code = "import _engram_lm_eval, lm_eval.models; print(lm_eval.__file__)"
+    assert in_python(code, ROOT / "packaging", tmp_path) == str(tmp_path / "lm_eval" / "__init__.py")
+
+
+def test_the_line_at_pythons_start_costs_little_and_fails_in_silence(tmp_path: Path) -> None:
+    line = (ROOT / "packaging" / "engram_lm_eval.pth").read_text()
+    assert line.count("\n") == 1
+    assert line.startswith("import ")  # other lines of such a file are taken for folders
+    imported = "import sys; before = set(sys.modules)\n" + line + "print(sorted(set(sys.modules) - before))"
+    # Without what is installed, which may be an older copy.
+    assert in_python(imported, ROOT / "packaging", options=("-S",)) == "['_engram_lm_eval']"
+    assert in_python(imported, tmp_path, options=("-S",)) == "[]"
+
+
 def test_the_entry_point_by_which_the_harness_finds_plugins_leads_to_the_model() -> None:
-    """`lm_eval.models`, of which versions after 0.4.13 know."""
+    """`lm_eval.models`, as asked for in the harness's issue 3282."""
     import tomllib
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())

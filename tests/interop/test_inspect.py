@@ -112,17 +112,18 @@ def test_deepseek_v41_is_told_with_four_bit_experts_and_eight_bit_tables(tmp_pat
         tensors[f"layers.{block}.ffn.gate.weight"] = torch.zeros(5, d)
         tensors[f"layers.{block}.hc_attn_scale"] = torch.zeros(3)
     tensors["mtp.0.ffn.experts.0.w1.weight"] = torch.zeros(7, 7)
-    tensors["vision.blocks.0.weight"] = torch.zeros(9)
+    for name, size in (("vision.blocks.0.weight", 9), ("aligner.w", 5), ("image_newline", 3), ("mystery.weight", 8)):
+        tensors[name] = torch.zeros(size)
     report = inspect(save_v41(tmp_path, tensors))
     primes = primes_from(V41["engram_vocab_size"], 12)
     rows = [sum(primes[:6]), sum(primes[6:])]
     fusion = 2 * ((3 + 1) * d * 6 * 64 + 2 * 3 * d)
-    always = fusion + 2 * (5 * d + 3)
+    always = fusion + 2 * (5 * d + 3) + 8
     assert report.total == always + 2 * 5 * expert + sum(rows) * 64
     assert report.active == always + 2 * 2 * expert + 2 * 6 * 64
     assert [(t.rows, t.bytes) for t in report.tables] == [(n, n * (64 + 2)) for n in rows]
     assert report.tables[0].row_type == "float8_e4m3fn with a float8_e8m0fnu scale for each 32"
-    assert (report.parts["draft"].total, report.parts["vision"].total) == (49, 9)
+    assert [report.parts[part].total for part in ("draft", "vision", "other")] == [49, 9 + 5 + 3, 8]
 
 
 def test_a_sparse_file_with_a_20_gb_table_is_told_from_its_header(tmp_path: Path) -> None:

@@ -258,6 +258,14 @@ TABLE = "model.layers.2.ple.ple_embedding.ngram_embedding."
             lambda t: t["model.layers.2.ple.ple_embedding.layer_multipliers"].add_(2),
             r"layer_multipliers is \[.*\]: allowed is \[.*\], from config.json",
         ),
+        (
+            lambda t: t.update({"model.layers.1.ple.value_proj.weight": torch.zeros(31, 64)}),
+            r"value_proj\.weight: shape is \[31, 64\]: allowed is \[32, 64\]",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.ple.value_proj.weight": torch.zeros(32, 64).bfloat16()}),
+            r"value_proj\.weight: type is torch\.bfloat16: allowed is torch\.float32",
+        ),
         (lambda t: t.pop("model.layers.1.ple.key_proj.weight"), r"lacks the tensor layers\.1\.ple\.key_proj\.weight"),
     ],
 )
@@ -278,14 +286,20 @@ def reconfigure(folder: Path, **changes: Any) -> None:
         ({"model_type": "llama"}, "model_type is 'llama': allowed is qwen4_exp"),
         ({"ple_layer_ids": []}, "ple_layer_ids is "),
         ({"ple_layer_ids": "2"}, "ple_layer_ids is '2': allowed is the 1-based numbers"),
-        ({"split_ngram_parts": -1}, "split_ngram_parts is -1: allowed is 0 or more"),
+        ({"split_ngram_parts": -1}, "split_ngram_parts is -1: allowed is a whole number of 0 or more"),
         ({"eos_token_id": None}, "eos_token_id is None: allowed is an id"),
         ({"ple_layer_ids": [2, 4]}, r"lacks the tensor layers\.3\.ple\.key_proj\.weight"),
         ({"ngram_vocab_size_base": 60}, "ngram_heads_vocab_sizes is "),
         ({"seed": 7}, "layer_multipliers is "),
         ({"split_ngram_parts": 4}, "shard_0.weight: shape is "),
         ({"heads_per_ngram": 5}, "ple_embed_dim is 64: allowed is a multiple of the number of hash heads, 10"),
-        ({"seed": "x"}, "seed is 'x': allowed is a number"),
+        ({"seed": "x"}, "seed is 'x': allowed is a whole number"),
+        ({"eos_token_id": []}, "config.json' can't be read: IndexError"),
+        ({"eos_token_id": True}, "eos_token_id is True: allowed is an id"),
+        ({"ngram_vocab_size_base": 2**60}, r"rows of the table of block 1 is \d+: allowed is \d+ or more"),
+        ({"make_ngram_vocab_size_divisible_by": 2**60, "split_ngram_parts": 0}, r"shard_0\.weight: shape is "),
+        ({"split_ngram_parts": 2**60}, r"shard_0\.weight: shape is "),
+        ({"hidden_size": 2**30}, r"key_proj\.weight: shape is "),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_by_name(copy: Path, changes: dict, message: str) -> None:
@@ -299,6 +313,37 @@ def test_a_truncated_file_is_refused_by_name(copy: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ConfigError, match=r"model\.safetensors' can't be read as safetensors"):
         qwen4_exp.read_memory(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"model.layers.1.ple.key_proj.weight": torch.zeros(60, 64)}),
+            r"key_proj\.weight: shape is",
+        ),
+        (lambda t: t.update({"model.layers.2.ple.conv1d.weight": torch.zeros(64, 1, 3)}), r"conv1d\.weight: shape is"),
+        (lambda t: t.update({"model.layers.2.ple.norm_key.weight": torch.zeros(8)}), r"norm_key\.weight: shape is"),
+        (lambda t: t[TABLE.replace("ngram_embedding.", "layer_multipliers")].add_(2), "layer_multipliers is "),
+    ],
+)
+def test_nothing_is_written_into_a_checkpoint_that_would_not_be_read(
+    single: Path, copy: Path, tmp_path_factory: Any, change: Any, message: str
+) -> None:
+    """Values that are written into a tensor of another shape would be written over the tensors behind it."""
+    memories, out = qwen4_exp.read_memory(single), tmp_path_factory.mktemp("out") / "x"
+    spoil(copy, change)
+    with pytest.raises(ConfigError, match=message):
+        qwen4_exp.write_memory(memories, copy, out)
+    assert not out.exists()
+
+
+def test_a_checkpoint_that_cannot_be_copied_is_named(copy: Path, tmp_path_factory: Any) -> None:
+    (copy / "gone").symlink_to(copy / "nowhere")
+    out = tmp_path_factory.mktemp("out") / "x"
+    with pytest.raises(ConfigError, match="gone' can't be copied to"):
+        qwen4_exp.write_memory({}, copy, out)
+    assert list(out.parent.iterdir()) == []
 
 
 def test_memories_of_another_config_are_not_written(single: Path, tmp_path: Path) -> None:

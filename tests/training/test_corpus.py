@@ -119,6 +119,10 @@ def test_this_project_and_its_description_are_no_part_of_the_corpus(tmp_path: Pa
     alone = PythonEnvironment([tmp_path]).fingerprint
     write(tmp_path / "engram" / "core.py", module(2))
     write(tmp_path / "engram_moe-0.2.0.dist-info" / "METADATA", f"Name: engram-moe\n\n{prose(3)}")
+    write(tmp_path / "_engram_lm_eval.py", module(4))
+    assert PythonEnvironment([tmp_path]).fingerprint == alone
+    # An editable installation lists no other file than that one.
+    write(tmp_path / "engram_moe-0.2.0.dist-info" / "RECORD", "_engram_lm_eval.py,sha256=x,1\n")
     assert PythonEnvironment([tmp_path]).fingerprint == alone
     write(tmp_path / "engrammar" / "core.py", module(2))
     assert PythonEnvironment([tmp_path]).fingerprint != alone

@@ -155,6 +155,53 @@ def test_many_files_load_as_one_and_damage_in_each_is_found(shards: Path) -> Non
     assert sorted(path.name for path in shards.iterdir()) == ["checksums.json", "config.json", WEIGHTS]
 
 
+def test_a_tensor_that_checksums_do_not_know_is_not_taken_for_sound(folder: Path) -> None:
+    path = folder / "checksums.json"
+    saved = json.loads(path.read_text())
+    saved["files"][WEIGHTS]["tensors"].pop("embed.weight")
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=r"checksums\.json does not say what embed\.weight should be"):
+        load_model(folder)
+    assert len(verify_model(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda saved: saved["files"].pop(WEIGHTS),
+            r"model\.safetensors is none of the files that checksums\.json names",
+        ),
+        (
+            lambda saved: saved.update(algorithm="md5"),
+            r"checksums\.json is damaged: ValueError it is of another version",
+        ),
+        (lambda saved: saved.update(block_bytes=2**20), r"checksums\.json is damaged: .* another version"),
+    ],
+)
+def test_checksums_of_other_files_or_another_version_are_named(folder: Path, change: Callable, said: str) -> None:
+    path = folder / "checksums.json"
+    saved = json.loads(path.read_text())
+    change(saved)
+    path.write_text(json.dumps(saved))
+    for load in (load_model, verify_model):
+        with pytest.raises(ConfigError, match=said):
+            load(folder)
+
+
+def test_tensors_lie_where_their_type_may_lie_whoever_wrote_the_file(tmp_path: Path) -> None:
+    """A header of odd length is allowed, and other programs write it."""
+    values = torch.arange(6, dtype=torch.float64)
+    header = json.dumps({"a": {"dtype": "F64", "shape": [6], "data_offsets": [0, 48]}}).encode()
+    for padding in range(8):
+        text = header + b" " * padding
+        path = tmp_path / f"{padding}.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + values.numpy().tobytes())
+        tensor = map_tensors(path, read_header(path))["a"]
+        assert torch.equal(tensor, values)
+        assert tensor.data_ptr() % 8 == 0
+
+
 def test_a_large_table_is_verified_when_asked_and_its_size_always(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +271,35 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, s
     change(tensors, metadata)
     save_file(tensors, path, metadata)
     write_checksums(folder, [path])
+
+
+def test_files_of_models_that_were_trained_otherwise_do_not_mix(shards: Path) -> None:
+    files = sorted(shards.glob("*.safetensors"))
+    for seed, path in enumerate(files[:4], start=1):  # in whatever order they are looked at
+        whole = path.read_bytes()
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+        other = ModelConfig.from_dict(merge(MODEL, {"memory.seed": seed}))
+        metadata["engram"] = origin_of(other, LOOKUP, bpe("some text").to_str())
+        save_file(tensors, path, metadata)
+        write_checksums(shards, files)
+        with pytest.raises(ConfigError, match=f"memory.seed is 0: the weights were trained with {seed}"):
+            load_model(shards)
+        path.write_bytes(whole)
+    write_checksums(shards, files)
+    load_model(shards)
+
+
+def test_all_but_tables_is_copied_and_stays_when_the_file_changes(folder: Path) -> None:
+    model = load_model(folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, (start, _) in spans(folder / WEIGHTS).items():
+        if name not in ("header", TABLE):
+            flip(folder / WEIGHTS, start, 0)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(ConfigError, match=r"embed\.weight is damaged"):
+        load_model(folder)
 
 
 def test_another_token_compression_or_tokenizer_is_refused(folder: Path) -> None:

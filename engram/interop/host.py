@@ -1,0 +1,102 @@
+"""A transformers model as a place for memory: its decoder, blocks and sizes, its tokenizer, and what identifies both.
+
+Everything is found from what transformers promises of every model: `get_decoder`, `config`, `get_input_embeddings`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from engram.config import ConfigError, require
+from engram.memory import TokenCompressor
+
+
+@dataclass(frozen=True)
+class Host:
+    """The parts of a decoder-only model that memory has to do with.
+
+    model: the transformers model, without what peft put around it. decoder: the module of it that is called with ids
+    and runs the blocks.
+    """
+
+    model: PreTrainedModel
+    decoder: nn.Module
+    blocks: nn.ModuleList
+    hidden_size: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Host:
+        """Raises `ConfigError` for what is no decoder-only transformers model, or one whose blocks can't be told."""
+        inner: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel
+        require(isinstance(inner, PreTrainedModel), "model", type(inner).__name__, "a transformers PreTrainedModel")
+        require(
+            not inner.config.is_encoder_decoder, "model", type(inner).__name__, "a decoder-only model, without encoder"
+        )
+        decoder, config = inner.get_decoder(), inner.config.get_text_config()
+        n = config.num_hidden_layers
+        found = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module) == n]
+        require(
+            len(found) == 1, f"block lists in {type(decoder).__name__}", len(found), f"one, of {n} (num_hidden_layers)"
+        )
+        return cls(inner, decoder, found[0], config.hidden_size, inner.get_input_embeddings().weight.shape[0])
+
+
+def find_tokenizer(model: PreTrainedModel, tokenizer: Any | None) -> Any:
+    """The tokenizer given, or the one saved where the model was loaded from. Raises `ConfigError` if there is none."""
+    if tokenizer is not None:
+        return tokenizer
+    name, way_out = model.config.name_or_path, "`tokenizer=`, or `compress=False` in the memory to hash raw ids"
+    if not name:
+        raise ConfigError(f"tokenizer is None, and the model was loaded from nowhere: give {way_out}")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises whatever its many loaders raise
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"tokenizer is None, and {name!r} holds none: give {way_out}; {reason}") from error
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hex SHA-256 of what decides a tokenizer's ids. Padding and truncation don't, and calls change them."""
+    fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if hasattr(fast, "to_str"):
+        parts = json.loads(fast.to_str())
+        text = json.dumps({name: part for name, part in parts.items() if name not in ("padding", "truncation")})
+    else:  # a tokenizer written in Python
+        text = json.dumps(sorted(fast.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an adapter asks of the model it was trained on. `tokenizer` and `compression` are fingerprints, empty where
+    ids are hashed raw."""
+
+    model: str
+    hidden_size: int
+    n_layers: int
+    vocab_size: int
+    tokenizer: str
+    compression: str
+
+    @classmethod
+    def of(cls, host: Host, tokenizer: Any | None, compressor: TokenCompressor | None) -> Identity:
+        return cls(
+            type(host.model).__name__,
+            host.hidden_size,
+            len(host.blocks),
+            host.vocab_size,
+            "" if compressor is None else tokenizer_sha256(tokenizer),
+            "" if compressor is None else compressor.fingerprint,
+        )
+
+    def require_same(self, saved: dict[str, Any]) -> None:
+        """Raise `ConfigError`, naming what differs, unless an adapter was trained on such a model."""
+        for name, own in asdict(self).items():
+            require(saved.get(name) == own, f"base model's {name}", own, f"{saved.get(name)!r}, as the adapter's")
