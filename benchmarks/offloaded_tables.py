@@ -84,7 +84,7 @@ SCALES = {
     ),
     "cpu": Scale(
         model=scaled(16384, 512, 12, (8, 4, 64), 1408, 64, 1_000_000, 2),
-        n_prompts=4, lengths=(100, 1024), new_tokens=40, batch=4, cache_rows=160_000, count_tokens=1_000_000, rounds=8,
+        n_prompts=4, lengths=(100, 1024), new_tokens=40, batch=4, cache_rows=160_000, count_tokens=1_000_000, rounds=5,
         disk_rows=117_500_000,
     ),
     # The shapes of Qwen3-4B.
