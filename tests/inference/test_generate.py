@@ -115,6 +115,13 @@ def test_a_stop_text_ends_before_it_and_nothing_of_it_is_given_out(tokenizer: To
     assert "".join(_spoken(writer, ids, stop=["never there", stop])) == whole[: whole.index(stop)]
 
 
+def test_of_two_stop_texts_that_come_together_the_one_that_begins_first_ends(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXTS[1]).ids
+    writer = TextGenerator(model_of(290), tokenizer)
+    whole = tokenizer.decode(ids[1:])
+    assert "".join(_spoken(writer, ids, stop=["turn x", "return x"])) == whole[: whole.index("return x")]
+
+
 def _spoken(writer: TextGenerator, ids: list[int], **settings: Any) -> list[str]:
     """What `writer` makes of a generation that gives `ids` after the first one."""
     with pytest.MonkeyPatch.context() as patch:
