@@ -140,6 +140,15 @@ def test_a_cache_given_back_goes_on_where_it_was() -> None:
     assert torch.equal(again, model.generate(turn, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0))
 
 
+def test_a_caches_sequences_are_multiplied_each_beside_its_own() -> None:
+    model, ids = causal().double(), torch.randint(0, V, (2, 9))
+    cache = model(ids[:, :6], use_cache=True).cache
+    cache.batch_repeat_interleave(3)
+    assert cache.get_seq_length() == 6
+    rows = torch.tensor([0, 0, 0, 1, 1, 1])
+    torch.testing.assert_close(model(ids[rows, 6:], cache=cache).logits, model(ids[rows]).logits[:, 6:])
+
+
 def test_documents_packed_by_position_ids_are_apart() -> None:
     model, ids = causal().double(), torch.randint(0, V, (1, 11))
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]])
