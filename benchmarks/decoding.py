@@ -28,7 +28,8 @@ CONFIG: dict[str, Any] = {
     "experts": {"n_experts": 16, "top_k": 2, "width": 256},
     "memory": {"layers": [1, 4], "rows": [20011, 20011], "n_heads": 4, "row_width": 32},
 }
-SIDES = ("engram", "engram without memory", "transformers", "engram without cache")
+OWN = ("engram without memory", "engram without cache")
+SIDES = ("engram", OWN[0], "transformers", OWN[1])
 
 
 def peer_of(model: EngramLM) -> Qwen3MoeForCausalLM:
@@ -70,7 +71,7 @@ def main(quick: bool) -> None:
     model = EngramLM(ModelConfig.from_dict(CONFIG)).eval()
     bare = EngramLM(ModelConfig.from_dict({**CONFIG, "memory": None})).eval()
     peer, vocab = peer_of(bare), CONFIG["vocab_size"]
-    table = Table("prompts of T tokens and n new ones each", ("B", "T", "n"), SIDES)
+    table = Table("prompts of T tokens and n new ones each", ("B", "T", "n"), SIDES, OWN)
     for B, T in ((1, 16),) if quick else ((1, 32), (1, 512), (8, 32), (8, 512)):
         for n in (1, 4 if quick else 32):
 
