@@ -24,7 +24,8 @@ def main(folder: Path, prompt: str, n: int, steps: int, out: Path) -> None:
     inputs = tokenizer(prompt, return_tensors="pt")
     model.generate(**inputs, max_new_tokens=n, do_sample=False, streamer=TextStreamer(tokenizer))
 
-    # On to a loop of transformers' kind. Memory tables have row-sparse gradients: the optimiser is one that takes them.
+    # A loop of one's own. Memory tables have row-sparse gradients: the optimiser is one that takes them. (With the
+    # Trainer: `engram.interop.trainer.MemoryTrainer`.)
     optimizer = build_optimizer(model.lm, OptimConfig(lr=2e-4, matrix_optimizer="adamw"))
     text = Path(__file__).read_text(encoding="utf-8")
     batch = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)
@@ -35,6 +36,7 @@ def main(folder: Path, prompt: str, n: int, steps: int, out: Path) -> None:
         clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        model.update_balance()
         print(f"step {step + 1}: {loss.item():.3f} nats on this file")
 
     model.eval().save_pretrained(out)

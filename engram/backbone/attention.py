@@ -44,7 +44,7 @@ class GroupedQueryAttention(nn.Module):
         """As `forward` for T tokens `[B, T, d]` that follow those of `cache`, which keeps their keys and values."""
         q, k, v = self._heads(x, places)
         keys, values = cache.extend(places, k, v)
-        y = _attend(q, k, v, places.alone) if places.alone else _attend_to(q, keys, values, places.visible)
+        y = _attend(q, k, v, places.alone) if places.alone else _attend_to(q.to(v.dtype), keys, values, places.visible)
         return self.out(y.flatten(2))
 
     def _heads(self, x: Tensor, at: Positions | Places) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,10 +163,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
 
 
 def _attend_to(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None) -> Tensor:
-    """Softmax attention of `[B, T, h, c]` on what is kept, keys and values `[B, S, g, c]`, where visible
-    `[B, 1, T, S]`."""
+    """Softmax attention of `[B, T, h, c]` on what is kept, keys and values `[B, S, g, c]` of any type, where visible
+    `[B, 1, T, S]`; in the type of `q`."""
     with torch.autocast(v.device.type, enabled=False):
-        q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.to(q.dtype).transpose(1, 2) for x in (q, k, v))
         grouped = k.shape[1] < q.shape[1]
         return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=grouped).transpose(1, 2)
 

@@ -22,6 +22,7 @@ from engram.config import ConfigError, MemoryConfig, require
 from engram.interop.adapter import Saved, read_adapter, write_adapter
 from engram.interop.decoding import Past, keep_on, past_of
 from engram.interop.host import Host, Identity, find_tokenizer
+from engram.interop.packing import documents_by_position
 from engram.memory import Engram, EngramState, TokenCompressor
 from engram.memory.readers import Reading
 
@@ -327,11 +328,6 @@ def _padding_mask(mask: Any, ids: Tensor, past: int) -> Tensor | None:
 
 
 def _documents(given: dict[str, Any], ids: Tensor) -> Tensor | None:
-    """Documents packed in one row, as transformers tells them where there is no mask: by positions that start again.
-    The last one is number 0, which tokens that follow belong to."""
+    """Documents packed in one row, where there is no mask."""
     positions = given.get("position_ids")
-    if positions is None or positions.ndim != 2:
-        return None
-    starts = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
-    number = starts.cumsum(1).expand(len(ids), -1)
-    return number[:, -1:] - number
+    return None if positions is None or positions.ndim != 2 else documents_by_position(positions, len(ids))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -33,6 +32,8 @@ from transformers.utils import can_return_tuple
 from engram.backbone import DecodingState, EngramLM
 from engram.backbone.block import Block
 from engram.config import ModelConfig, require
+from engram.experts import RoutingStats
+from engram.interop.packing import documents_by_position
 from engram.memory import RowReader
 from engram.memory.readers import documents_of
 from engram.parallel.consolidate import INDEX, WEIGHTS
@@ -143,8 +144,9 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
 
     A token compression is kept with the weights, as `token_lookup`; where there is none it maps ids to themselves.
 
-    Tables have row-sparse gradients, which transformers' own optimisers don't take: train with those of
-    `engram.training.optim`.
+    Tables have row-sparse gradients, which transformers' own optimisers and Trainer don't take: train by
+    `engram.interop.trainer.MemoryTrainer`, or in a loop of your own with the optimisers of `engram.training.optim` and
+    `update_balance` after each step.
 
     Args:
         config: what to build.
@@ -168,6 +170,7 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
         self._modules.update(lm._modules)
         lm._modules = self._modules
         self._lm = (lm,)  # in a tuple, so that it is no child
+        self._loads: Tensor | None = None  # of experts, since their routers were last balanced
         compressed = own.memory is not None and own.memory.present and own.memory.compress
         kept = lookup.clone() if lookup is not None else torch.arange(own.vocab_size)
         self.register_buffer("token_lookup", kept if compressed else None)
@@ -318,9 +321,25 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
             n_all = kwargs.get("num_items_in_batch")
             loss = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=n_all)
             if self.training:
+                self._count_loads(output.routing)
                 part = 1 if n_all is None else (labels[:, 1:] != -100).sum() / n_all
                 loss = loss + part * sum(stats.aux_loss for stats in output.routing)
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+
+    def update_balance(self) -> None:
+        """Move the routers' biases by the loads of all training batches since the last call, after an optimiser's step.
+
+        `MemoryTrainer` calls it; in a loop of your own do it yourself, or experts are used as unevenly as they start.
+        """
+        if self._loads is not None:
+            for layer, load_E in zip(self.lm.moe_layers(), self._loads, strict=True):
+                layer.update_balance(load_E)
+            self._loads = None
+
+    def _count_loads(self, routing: list[RoutingStats]) -> None:
+        if routing:
+            loads = torch.stack([stats.load_E.detach() for stats in routing])
+            self._loads = loads if self._loads is None else self._loads + loads
 
     def _with_room(self, cache: EngramCache | None, B: int, T: int) -> EngramCache:
         """The cache, or a new one, with room for T more tokens."""
@@ -376,11 +395,7 @@ def _documents(ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) ->
     """Document ids `[B, T]`, or None where each row is one document."""
     if mask is not None:
         return documents_of(ids, None, mask)
-    if position_ids is None:
-        return None
-    position_ids = position_ids.expand(ids.shape)
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return F.pad(starts.long().cumsum(1), (1, 0))
+    return None if position_ids is None else documents_by_position(position_ids, len(ids))
 
 
 AutoConfig.register(EngramConfig.model_type, EngramConfig)

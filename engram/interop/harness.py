@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from engram.config import ConfigError, require
 from engram.inference import Sampling, stream
-from engram.inference.opening import open_model
+from engram.inference.opening import Tables, open_model
+from engram.memory.row_formats import RowKind
 from engram.training.tokenizer import eos_id, load_tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,6 +55,7 @@ class EngramHarness(TemplateLM):
         batch_size: sequences at once, or `auto`: as many as 16,384 tokens hold. Numbers don't depend on it, but for
             rounding; sampled texts do.
         device: `cuda` if None, and the CPU where there is none.
+        tables, cache_rows, rows: where memory tables are kept and how, as for `open_model`.
 
     Raises:
         ConfigError: a path that leads to no model, no tokenizer, a setting out of range.
@@ -69,13 +71,16 @@ class EngramHarness(TemplateLM):
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        tables: Tables = "device",
+        cache_rows: int = 0,
+        rows: RowKind = "float",
     ) -> None:
         super().__init__()
         require(dtype is None or dtype in _DTYPES, "dtype", dtype, "one of " + ", ".join(_DTYPES))
         # The harness asks for CUDA when its user asks for nothing.
         asked = torch.device(device or "cuda")
         self._device = asked if asked.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-        model, own = open_model(path)
+        model, own = open_model(path, tables, cache_rows=int(cache_rows), rows=rows)
         self.model = model.to(self._device)
         chosen = own if tokenizer is None else load_tokenizer(tokenizer)
         if chosen is None:

@@ -1,4 +1,5 @@
-"""Attached memory in the transformers Trainer: its optimiser, clipping of row-sparse gradients, and its checkpoints.
+"""Memory in the transformers Trainer, attached or a model's own: its optimiser, clipping of row-sparse gradients, and
+its checkpoints.
 
 Tables are moved by `RowAdam` at five times the learning rate and without weight decay, as in arXiv:2601.07372, section
 4.1; all other trainable parameters, of the memory or of peft, by AdamW.
@@ -11,10 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from engram.config import require
 from engram.interop.attachment import Attachment
+from engram.interop.causal_lm import EngramForCausalLM
 from engram.memory import MemoryTable
 from engram.training.optim import RowAdam, Together, clip_gradients
 
@@ -30,7 +32,7 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> Together:
-    """One optimiser over all trainable parameters of a model with memory attached.
+    """One optimiser over all trainable parameters of a model with memory.
 
     Tables get `lr * table_lr_factor`; `weight_decay` goes to what has two dimensions or more, tables excepted. Raises
     `ConfigError` where nothing is trainable.
@@ -54,11 +56,13 @@ def build_optimizer(
 
 
 class MemoryTrainer(Trainer):
-    """A `Trainer` for a model with memory attached, on one device; its arguments mean what they do there.
+    """A `Trainer` for a model with memory attached, or for `EngramForCausalLM`, on one device; its arguments mean what
+    they do there.
 
-    A checkpoint holds what the Trainer writes of the model (without the memory) and the memory in its folder `engram`,
-    from which `load_adapter` attaches it, and resuming goes on. Mixed with another trainer it comes first:
-    `class MemorySFTTrainer(MemoryTrainer, SFTTrainer)`.
+    Of attached memory a checkpoint has a folder of its own, `engram`, beside what the Trainer writes of the model
+    (without the memory); `load_adapter` attaches it from there, and resuming goes on. Routers of `EngramForCausalLM`
+    are balanced after each step. Mixed with another trainer it comes first: `class MemorySFTTrainer(MemoryTrainer,
+    SFTTrainer)`.
 
     Args:
         table_lr_factor: learning rate of tables over that of the rest.
@@ -70,11 +74,16 @@ class MemoryTrainer(Trainer):
     def __init__(self, *args: Any, table_lr_factor: float = 5.0, **kwargs: Any) -> None:
         self.table_lr_factor = table_lr_factor
         super().__init__(*args, **kwargs)
-        attached = [module for module in self._own_model().modules() if isinstance(module, Attachment)]
-        require(len(attached) == 1, "memories attached to the model", len(attached), "one, by `engram.interop.attach`")
+        modules = list(self._own_model().modules())
+        attached = [module for module in modules if isinstance(module, Attachment)]
+        own = [module for module in modules if isinstance(module, EngramForCausalLM)]
+        found = len(attached) + len(own)
+        require(found == 1, "models with memory", found, "one: EngramForCausalLM, or memory by `engram.interop.attach`")
         devices = self.args.world_size * max(self.args.n_gpu, 1)  # several in one process: DataParallel copies modules
-        require(devices == 1, "devices to train on", devices, "one, for attached memory")
-        self.attachment = attached[0]
+        require(devices == 1, "devices to train on", devices, "one, for memory")
+        self.attachment = attached[0] if attached else None
+        if own:
+            self.add_callback(_Balance(own[0]))
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -104,13 +113,25 @@ class MemoryTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model as the Trainer does, and the memory beside it."""
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
+        if self.attachment is not None and self.args.should_save:
             self.attachment.save(Path(str(output_dir or self.args.output_dir)) / FOLDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.attachment.restore(Path(resume_from_checkpoint) / FOLDER)
+        if self.attachment is not None:
+            self.attachment.restore(Path(resume_from_checkpoint) / FOLDER)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.attachment.restore(Path(str(self.state.best_model_checkpoint)) / FOLDER)
+        if self.attachment is not None:
+            self.attachment.restore(Path(str(self.state.best_model_checkpoint)) / FOLDER)
+
+
+class _Balance(TrainerCallback):
+    """Balances a model's routers after each step."""
+
+    def __init__(self, model: EngramForCausalLM) -> None:
+        self.model = model
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.model.update_balance()

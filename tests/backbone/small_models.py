@@ -25,6 +25,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "bigram": {"memory": BIGRAM},
     "bigram, branches": {"memory": BIGRAM, "branches": 2},
+    "rows by position": {"memory": {"kind": "shuffled", "rows": [31, 37], "n_heads": 2, "row_width": 4}},
+    "documents end at eos": {
+        "memory": {"hash": "qwen", "compress": False, "eos_id": 5, "rows": [31, 37], "n_heads": 2, "row_width": 4}
+    },
     "bfloat16 rows": {"memory": {"rows": [31, 37], "n_heads": 2, "row_width": 4, "table_dtype": "bfloat16"}},
     "two memories": {"memory": {"layers": [0, 2], "rows": [31, 37], "n_heads": 2, "row_width": 4}},
 }

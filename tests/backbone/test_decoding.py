@@ -52,6 +52,7 @@ def test_padding_before_a_prompt_changes_nothing(shape: str, chunks: list[int]) 
     state = model.init_state(3, capacity=11)
     parts = zip(ids.split(chunks, 1), mask.split(chunks, 1), strict=True)
     logits = torch.cat([step(model, part, state, real) for part, real in parts], 1)
+    assert logits.isfinite().all()  # padding's too: nothing of it may reach others as NaN times zero
     for row, begin in enumerate(begins):
         alone = uncached(model, ids[row : row + 1, begin:])
         torch.testing.assert_close(logits[row : row + 1, begin:], alone, **ANGLES)
@@ -93,6 +94,16 @@ def test_sequences_are_chosen_and_doubled_as_beams_are(shape: str) -> None:
     more = torch.randint(0, V, (4, 3))
     expected = uncached(model, torch.cat([ids[rows], more], 1))[:, 6:]
     torch.testing.assert_close(step(model, more, state), expected, **ROUNDING)
+
+
+def test_room_of_tokens_taken_back_is_there_again() -> None:
+    model, ids = exact("plain"), torch.randint(0, V, (2, 8))
+    state = model.init_state(2, capacity=6, slack=4)
+    step(model, ids[:, :6], state)
+    state.rollback(torch.tensor([2, 0]))
+    state.rollback(torch.tensor([0, 2]))
+    whole = torch.cat([ids[:, :4], ids[:, 6:]], 1)
+    torch.testing.assert_close(step(model, ids[:, 6:], state), uncached(model, whole)[:, 4:], **ROUNDING)
 
 
 def test_a_copied_state_goes_its_own_way_and_does_not_copy_the_tables() -> None:
@@ -141,6 +152,17 @@ def test_float32_decoding_agrees_to_rounding_under_autocast_too() -> None:
                 whole = uncached(model, ids)
             tolerance = 0.1 if bf16 else 1e-4
             assert (logits - whole).abs().max() < tolerance * whole.abs().max()
+
+
+@pytest.mark.parametrize("attention", [{}, {"attention": MLA}], ids=["grouped", "latent"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_state_is_continued_in_another_precision(attention: dict[str, Any], first: bool) -> None:
+    model, ids = model_of(**attention).eval(), torch.randint(0, V, (2, T))
+    state, whole = model.init_state(2, capacity=T), uncached(model, ids)
+    for part, bf16 in zip(ids.split([8, 9], 1), (first, not first), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = step(model, part, state)
+    assert (logits - whole[:, 8:]).abs().max() < 0.1 * whole.abs().max()
 
 
 def test_a_step_that_cannot_be_taken_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Generation gives what the model gives without a cache, for prompts together as for each alone; text comes whole."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -113,6 +114,42 @@ def test_a_stop_text_ends_before_it_and_nothing_of_it_is_given_out(tokenizer: To
     writer = TextGenerator(model_of(290), tokenizer)
     whole = tokenizer.decode(ids[1:])
     assert "".join(_spoken(writer, ids, stop=["never there", stop])) == whole[: whole.index(stop)]
+
+
+def test_of_two_stop_texts_that_come_together_the_one_that_begins_first_ends(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXTS[1]).ids
+    writer = TextGenerator(model_of(290), tokenizer)
+    whole = tokenizer.decode(ids[1:])
+    assert "".join(_spoken(writer, ids, stop=["turn x", "return x"])) == whole[: whole.index("return x")]
+
+
+def test_generation_ends_once_every_text_has_met_a_stop_text(tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    ids = tokenizer.encode(TEXTS[1]).ids
+    starts, given = (1, 9), []
+
+    def speak(*args: Any, **kwargs: Any) -> Iterator[list[int]]:
+        for tokens in zip(*(ids[start:] for start in starts), strict=False):
+            given.append(tokens)
+            yield list(tokens)
+
+    monkeypatch.setattr("engram.inference.text.stream", speak)
+    writer = TextGenerator(model_of(290), tokenizer)
+    writer.generate([tokenizer.decode(ids[:start]) for start in starts], 10**6, stop=["return"])
+    needed = [next(n for n in range(99) if "return" in tokenizer.decode(ids[start : start + n])) for start in starts]
+    assert needed[0] != needed[1]
+    assert len(given) == max(needed)
+    assert writer.n_new == sum(needed)
+
+
+def test_special_tokens_are_not_printed_and_eos_ends_a_text(tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    writer = TextGenerator(model_of(290), tokenizer)
+    pad, eos = (tokenizer.token_to_id(f"<|{name}|>") for name in ("pad", "eos"))
+    ids = tokenizer.encode("def f(x)").ids
+    assert "".join(_spoken(writer, [*ids[:2], pad, *ids[2:]])) == tokenizer.decode(ids[1:])
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("engram.inference.text.stream", lambda *args, **settings: iter(asked.update(settings) or []))
+    writer.generate(["def f(x)"], 40)
+    assert asked["stop_ids"] == {eos}
 
 
 def _spoken(writer: TextGenerator, ids: list[int], **settings: Any) -> list[str]:

@@ -48,11 +48,15 @@ def test_a_run_its_model_and_its_checkpoint_are_the_same_model_with_its_tokenize
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "unfinished" / "checkpoints")
     ids = torch.randint(300, (2, 9))
     for path in ("run", "run/model", "unfinished", "unfinished/checkpoints/step-00000007"):
+        drawn = torch.get_rng_state()
         opened, tokenizer = open_model(tmp_path / path)
+        assert torch.equal(torch.get_rng_state(), drawn)  # nothing is drawn from the caller's generator
         assert not opened.training
         assert torch.equal(opened(ids), model(ids))
         assert tokenizer is not None
         assert tokenizer.to_str() == TOKENIZER.to_str()
+    (tmp_path / "run" / "model" / "tokenizer.json").unlink()
+    assert open_model(tmp_path / "run")[1] is None
 
 
 def test_a_model_says_the_same_with_its_tables_on_the_host_or_on_disk(tmp_path: Path) -> None:

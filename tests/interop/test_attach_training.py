@@ -150,7 +150,7 @@ def test_the_best_checkpoints_memory_is_loaded_at_the_end(tmp_path: Path) -> Non
 
 
 def test_a_trainer_without_memory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="memories attached to the model is 0"):
+    with pytest.raises(ConfigError, match="models with memory is 0"):
         MemoryTrainer(model=host(), args=settings(tmp_path), train_dataset=text())
 
 

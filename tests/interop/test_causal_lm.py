@@ -95,6 +95,10 @@ def test_generate_with_its_cache_equals_without_and_equals_ours(shape: str) -> N
     assert torch.equal(model.generate(ids, **short, use_cache=False, pad_token_id=0), cached[:, :25])
 
 
+def with_auxiliary_loss() -> EngramForCausalLM:
+    return causal(experts={**CONFIG["experts"], "balance": "sequence_aux", "aux_weight": 0.5})
+
+
 def left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
@@ -140,6 +144,15 @@ def test_a_cache_given_back_goes_on_where_it_was() -> None:
     assert torch.equal(again, model.generate(turn, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0))
 
 
+def test_a_caches_sequences_are_multiplied_each_beside_its_own() -> None:
+    model, ids = causal().double(), torch.randint(0, V, (2, 9))
+    cache = model(ids[:, :6], use_cache=True).cache
+    cache.batch_repeat_interleave(3)
+    assert cache.get_seq_length() == 6
+    rows = torch.tensor([0, 0, 0, 1, 1, 1])
+    torch.testing.assert_close(model(ids[rows, 6:], cache=cache).logits, model(ids[rows]).logits[:, 6:])
+
+
 def test_documents_packed_by_position_ids_are_apart() -> None:
     model, ids = causal().double(), torch.randint(0, V, (1, 11))
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]])
@@ -159,14 +172,18 @@ def test_padding_on_either_side_changes_nothing() -> None:
 
 
 def test_the_loss_is_the_mean_of_the_next_tokens_and_trains_every_part() -> None:
-    model, ids = causal(), torch.randint(0, V, (2, 9))
+    model, ids = with_auxiliary_loss(), torch.randint(0, V, (2, 9))
     labels = ids.clone()
     labels[0, :4] = -100
     output = model(ids, labels=labels)
     targets = labels[:, 1:]
     expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), targets.flatten())
     torch.testing.assert_close(output.loss, expected)
-    output.loss.backward()
+    loss = model.train()(ids, labels=labels).loss
+    aux = sum(stats.aux_loss for stats in model.lm.run(ids).routing)
+    assert aux > 0.01
+    torch.testing.assert_close(loss, expected + aux)
+    loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -244,11 +261,11 @@ def test_a_model_saved_over_another_in_other_files_is_the_one_that_both_ways_loa
 
 def test_losses_of_batches_add_up_to_that_of_all() -> None:
     """As the Trainer sums gradients of several batches: each gives its part of the mean over all their labels."""
-    model, ids = causal().train(), torch.randint(0, V, (4, 9))
+    model, ids = with_auxiliary_loss(), torch.randint(0, V, (4, 9))
     labels = ids.clone()
     labels[0, :6] = -100
     n = (labels[:, 1:] != -100).sum()
-    expected, total = model.eval()(ids, labels=labels).loss, torch.zeros(())
+    expected, total = model(ids, labels=labels).loss, torch.zeros(())
     model.train()
     for part in (slice(0, 2), slice(2, 4)):
         total = total + model(ids[part], labels=labels[part], num_items_in_batch=n).loss
