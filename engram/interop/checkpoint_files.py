@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engram.config import ConfigError, require
 from engram.parallel.consolidate import INDEX, WEIGHTS
-from engram.parallel.tensor_files import Entry, read_header
+from engram.tensor_files import Entry, read_header
 
 _CHUNK_BYTES = 2**26
 

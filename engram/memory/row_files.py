@@ -12,17 +12,17 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engram.config import ConfigError, require
 from engram.memory.row_formats import FloatRows, RowFormat, row_format
+from engram.tensor_files import Header, read_header
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PAGE = 4096
-_LONGEST_HEADER = 100 * 2**20  # as in safetensors: what says more is no such file
 
 
 class RowFile(NamedTuple):
@@ -40,8 +40,8 @@ def write_rows(path: Path, parts: Iterable[Tensor], n_rows: int, fmt: RowFormat)
     ours = {"rows": fmt.kind, "width": str(fmt.width), "dtype": _name(fmt.dtype)}
     if path.exists():
         try:
-            there = _header(path)[0]
-            same = there.get("__metadata__") == ours and there["weight"]["shape"][0] == n_rows
+            there = _header(path)
+            same = there.metadata == ours and there.entries["weight"].shape[0] == n_rows
         except (ConfigError, KeyError):
             same = False
         require(same, "path", str(path), f"free, or a table of {n_rows} rows to replace ({ours})")
@@ -71,48 +71,36 @@ def map_rows(path: Path, name: str = "weight") -> RowFile:
 
     Raises `ConfigError` for a file that is none, is cut short, or holds no such table.
     """
-    header, start = _header(path)
-    names = sorted(key for key in header if key != "__metadata__")[:20]
-    require(name in header, "table", name, f"one of {names} in {str(path)!r}")
-    entry = header[name]
+    header = _header(path)
+    names = sorted(header.entries)[:20]
+    require(name in header.entries, "table", name, f"one of {names} in {str(path)!r}")
+    entry = header.entries[name]
     try:
-        dtype, shape = entry["dtype"], entry["shape"]
-        first, last = (start + int(offset) for offset in entry["data_offsets"])
-        n_rows, width = (int(size) for size in shape)
-        if dtype in _TYPES:
-            fmt: RowFormat = FloatRows(width, _TYPES[dtype])
+        n_rows, width = entry.shape
+        if entry.dtype in _TYPES.values():
+            fmt: RowFormat = FloatRows(width, entry.dtype)
         else:
-            ours = header["__metadata__"]
-            fmt = row_format(ours["rows"], int(ours["width"]), _TYPES[ours["dtype"]])
+            ours = header.metadata
+            fmt = row_format(ours["rows"], int(ours["width"]), _TYPES[ours["dtype"]])  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{str(path)!r}: {name!r} is no table of rows: {entry}") from error
-    whole = fmt.row_bytes * n_rows == last - first and (dtype in _TYPES or width == fmt.row_bytes)
-    require(whole, f"{name} of {str(path)!r}", entry, f"{n_rows} rows of {fmt.row_bytes} bytes each")
-    size = path.stat().st_size
-    require(size >= last, f"size of {str(path)!r}", size, f"{last} bytes or more: the file is cut short")
+    n_bytes = width * entry.dtype.itemsize
+    require(n_bytes == fmt.row_bytes, f"bytes in a row of {name} of {str(path)!r}", n_bytes, f"{fmt.row_bytes}")
     with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), last, mmap.MAP_SHARED, mmap.PROT_READ)
+        mapped = mmap.mmap(file.fileno(), entry.end, mmap.MAP_SHARED, mmap.PROT_READ)
     # Or the system would read 128 KB around each row.
     mapped.madvise(mmap.MADV_RANDOM)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=last - first, offset=first)
+        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
     return RowFile(flat.view(n_rows, fmt.row_bytes), fmt)
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """A file's header, and where its numbers begin."""
+def _header(path: Path) -> Header:
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _LONGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("a header that is no object")
-    except (OSError, ValueError) as error:
+        return read_header(path)
+    except (ConfigError, OSError) as error:
         raise ConfigError(f"{str(path)!r} is no safetensors file that can be read: {error}") from error
-    return header, 8 + length
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engram.parallel.checkpoint import fill, named_errors, open_checkpoint
 from engram.parallel.state import Piece, pieces_of
-from engram.parallel.tensor_files import Shapes, create, size_of
+from engram.tensor_files import Shapes, create, size_of
 
 WEIGHTS, INDEX, PARTS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
 _FILE_BYTES = 2**35

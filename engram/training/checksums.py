@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.config import ConfigError
-from engram.parallel.tensor_files import Header, header_bytes, read_header
+from engram.tensor_files import Header, header_bytes, read_header
 
 CHECKSUMS = "checksums.json"
 _BLOCK, _READ = 2**26, 2**20

@@ -26,7 +26,7 @@ from engram.memory import MemoryTable
 from engram.memory.readers import RowReader
 from engram.parallel.checkpoint import read_run
 from engram.parallel.consolidate import INDEX, PARTS, WEIGHTS, consolidate
-from engram.parallel.tensor_files import Header, map_tensors, read_header
+from engram.tensor_files import Header, map_tensors, read_header
 from engram.training.atomic import atomic_folder
 from engram.training.cache import disk_errors_name
 from engram.training.checksums import CHECKSUMS, Advance, checked_header, damages, read_checksums, write_checksums

@@ -26,7 +26,7 @@ from engram.cli import main
 from engram.config import ConfigError, ModelConfig
 from engram.parallel.checkpoint import CheckpointWriter
 from engram.parallel.consolidate import consolidate
-from engram.parallel.tensor_files import create, header_bytes, map_tensors, read_header
+from engram.tensor_files import create, header_bytes, map_tensors, read_header
 from engram.training import weights
 from engram.training.checksums import tensor_checksums, write_checksums
 from engram.training.identity import origin_of
