@@ -193,7 +193,8 @@ def test_a_rank_that_hangs_is_killed_and_named_even_if_it_keeps_the_store(start:
 def test_torchrun_starts_again_by_itself_and_ends_with_the_same_losses(start: Start, whole: Job) -> None:
     job = start(TORCHRUN, (signal.SIGKILL, 1))
     assert job.code == 0, job.said
-    assert "error: rank 1 (" in job.said
+    # By rank 0, or if torchrun ends that sooner, by torchrun.
+    assert re.search(r"error: rank 1 \(|failed \(exitcode: -9\) local_rank: 1 ", job.said), job.said
     assert job.losses == whole.losses
 
 

@@ -1,9 +1,11 @@
 """The grouped product against a loop over experts in float64, gradients included: by the kernel, and by every product
 that stands in for it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,6 +24,7 @@ CASES = [
 ]
 
 Inputs = dict[str, Tensor]
+Squash = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture(params=[True, False], ids=["kernel", "products"])
@@ -36,7 +39,9 @@ def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engram.experts.grouped.has_grouped_swiglu", lambda device, dtype: False)
 
 
-def loop_over_experts(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+def loop_over_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, squash: Squash = torch.sigmoid
+) -> Tensor:
     """The definition, one expert at a time, each on the tokens that chose it."""
     width = w_down.shape[1]
     y = torch.zeros_like(x)
@@ -44,7 +49,7 @@ def loop_over_experts(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Te
         token, slot = torch.where(experts == e)
         gate = x[token] @ w_gate_up[e, :, :width]
         up = x[token] @ w_gate_up[e, :, width:]
-        out = (gate / (1 + torch.exp(-gate)) * up) @ w_down[e]
+        out = (gate * squash(gate) * up) @ w_down[e]
         y = y.index_add(0, token, weights[token, slot, None] * out)
     return y
 
@@ -74,13 +79,28 @@ def outputs_and_gradients(ours: bool, inputs: Inputs, experts: Tensor, dtype: to
     return {"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def assert_equals_loop(inputs: Inputs, experts: Tensor, dtype: torch.dtype, error: float) -> None:
+def magnitudes(inputs: Inputs, experts: Tensor) -> dict[str, float]:
+    """Norms of outputs and gradients in which all terms have one sign: what rounding of a sum's terms goes by."""
+    leaves = {name: value.abs().requires_grad_() for name, value in inputs.items()}
+    y = loop_over_experts(experts=experts, squash=torch.ones_like, **leaves)
+    y.backward(torch.ones_like(y))
+    return {"y": float(y.norm())} | {
+        name: float(leaf.grad.norm()) for name, leaf in leaves.items() if leaf.grad is not None
+    }
+
+
+def assert_equals_loop(
+    inputs: Inputs, experts: Tensor, dtype: torch.dtype, error: float, terms: dict[str, float] | None = None
+) -> None:
+    """`error` is relative to the norm; with `terms`, of `magnitudes`, their rounding may come on top: where there are
+    few of them they may all but cancel."""
     expected = outputs_and_gradients(False, inputs, experts, torch.float64)
     result = outputs_and_gradients(True, inputs, experts, dtype)
     assert result.keys() == expected.keys() == {"y", "x", "weights", "w_gate_up", "w_down"}
     for name, value in expected.items():
         assert result[name].dtype == dtype
-        assert (result[name].double() - value).norm() <= error * value.norm(), name
+        rounding = 2 * torch.finfo(dtype).eps * terms[name] if terms else 0.0
+        assert (result[name].double() - value).norm() <= error * value.norm() + rounding, name
 
 
 @pytest.mark.parametrize(("dtype", "D", "width", "error", "product"), CASES)
@@ -119,14 +139,16 @@ def test_all_tokens_on_the_same_experts_lose_nothing(dtype, D, width, error, pro
     width=st.integers(1, 40),
     seed=st.integers(0, 2**20),
 )
+@example(N=1, E=1, K=1, D=26, width=1, seed=0)  # products that cancel
 def test_any_numbers_equal_the_loop(N: int, E: int, K: int, D: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     for dtype, error in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
         inputs, experts = random_inputs(dtype, N, E, D, width, K=min(K, E))
-        assert_equals_loop(inputs, experts, dtype, error)
+        terms = magnitudes(inputs, experts)
+        assert_equals_loop(inputs, experts, dtype, error, terms)
         with pytest.MonkeyPatch.context() as monkeypatch:
             without_kernel(monkeypatch)
-            assert_equals_loop(inputs, experts, dtype, error)
+            assert_equals_loop(inputs, experts, dtype, error, terms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -414,7 +414,7 @@ LARGE = merge(
     {"memory.n_heads": 8, "memory.row_width": 80, "memory.rows": [3_920_000, 3_920_000], "memory.compress": False},
 )
 LOAD_AND_ASK = """
-import resource, sys, time
+import sys, time
 import torch
 from engram.training.weights import load_model
 def megabytes(kind):
@@ -425,7 +425,7 @@ model = load_model(sys.argv[1]).eval()
 seconds = time.perf_counter() - start
 with torch.no_grad():
     model(torch.arange(32)[None])
-print(seconds, megabytes("RssAnon") - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(seconds, megabytes("RssAnon") - before, megabytes("VmHWM"))  # which unlike ru_maxrss begins with the program
 """
 
 
