@@ -11,9 +11,10 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from engram.config import ConfigError, require
+from engram.memory.row_formats import RowKind
 
 if TYPE_CHECKING:
     from engram.sweep.launch import Executor
@@ -111,7 +112,7 @@ def _add_generate(action: argparse.ArgumentParser) -> None:
     places = ("device", "host", "disk")
     action.add_argument("--tables", choices=places, default="device", help="where memory tables are kept (device)")
     action.add_argument("--cache-rows", type=int, default=0, metavar="N", help="rows of each to keep on the device")
-    action.add_argument("--rows", choices=("float", "int8", "fp8"), default="float", help="quantize memory rows")
+    action.add_argument("--rows", choices=get_args(RowKind), default="float", help="quantize memory rows")
     action.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     action.add_argument("--compile", action="store_true", help="compile the step: for long texts")
     action.add_argument("--no-echo", action="store_true", help="print what is new alone, without the prompt")

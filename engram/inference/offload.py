@@ -38,7 +38,7 @@ def offload(
     Args:
         place: `host`, or `disk`, which writes a file of each table to `folder`, named after it.
         cache_rows: frequent rows of each table to keep on the device.
-        rows: as they are (`float`), or quantized (`int8`, `fp8`).
+        rows: as they are (`float`), or quantized (`int8`, `fp8`, `fp8_block32`).
         pinned: whether the host's memory is locked for a CUDA device to read, if there is one.
 
     Raises `ConfigError` for a model without tables, a place that is neither, or `disk` without a folder.

@@ -30,7 +30,7 @@ def open_model(
             checkpoint), or a checkpoint's folder.
         tables: where memory tables stay when the model is moved: nowhere, on the host, or in the model's own files.
         cache_rows: frequent rows of each table to keep on the device, where tables stay elsewhere.
-        rows: as they are (`float`), or quantized (`int8`, `fp8`); those on disk are as they are.
+        rows: as they are (`float`), or quantized (`int8`, `fp8`, `fp8_block32`); those on disk are as they are.
 
     Raises:
         ConfigError: naming the path, if it leads to no model, or to one that can't be read; a place, cache or kind of

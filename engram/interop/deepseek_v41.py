@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from engram.config import ConfigError, MemoryConfig, require
-from engram.interop.block_scaled_table import BlockScaledTable
-from engram.interop.block_scales import BLOCK, decode, encode
+from engram.interop.block_scales import decode, encode
 from engram.interop.checkpoint_files import TensorFiles, write_rows
 from engram.interop.layers import (
     CONFIG,
@@ -25,12 +24,15 @@ from engram.interop.layers import (
     copied,
     empty_layer,
     errors_name,
+    float_rows,
     orders_up_to,
     require_fits,
     sizes_that_fit,
     text_settings,
 )
-from engram.memory import Engram, TokenCompressor
+from engram.memory import Engram, MemoryTable, ReadOnlyTable, TokenCompressor
+from engram.memory.microscaling import BLOCK
+from engram.memory.row_formats import BlockFloat8Rows
 
 KIND = "deepseek_v41"
 # The settings of DeepSeek-V4.1-Flash.
@@ -97,8 +99,8 @@ def read_memory(
     type. A table is read piece by piece into the memory that holds it.
 
     Args:
-        packed: keep tables in the 8 bits and the scales that are stored, about half of bfloat16's memory; they can't be
-            trained then.
+        packed: keep tables in the 8 bits and the scales that are stored, about half of bfloat16's memory: each is a
+            `ReadOnlyTable`, frozen, which may go to the host or to disk.
         folder: with `config.json`, safetensors and, unless `lookup` is given, `tokenizer.json`.
         lookup: raw id -> canonical id, int64 `[V]`; `token_lookup(folder)` if None.
 
@@ -124,24 +126,25 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
     """Write a copy of the checkpoint `source` to `folder`, with these memories in the places of its own.
 
     Names, shapes and types stay those of `source`, to which values are rounded. What is unchanged stays bit for bit,
-    by block of 32 values (of 32 x 32 in projections). The folder appears whole or not at all.
+    by block of 32 values (of 32 x 32 in projections). Tables may lie on the host or on disk. The folder appears whole
+    or not at all.
 
-    Raises `ConfigError` naming the setting for a memory that is not of the config that `source` has, and as
-    `read_memory` for a `source` that it would refuse.
+    Raises `ConfigError` naming the setting for a memory that is not of the config that `source` has or whose rows are
+    quantized otherwise, and as `read_memory` for a `source` that it would refuse.
     """
     config, files = _config(source, torch.bfloat16), TensorFiles(source)
     for layer, memory in memories.items():
         require_fits(memory, layer, config)
         _require_canonical(memory.reader.hasher.n_canonical, source)
-        _require_tensors(files, config, layer, isinstance(memory.table, BlockScaledTable))
+        _require_tensors(files, config, layer, _is_packed(memory.table))
     with copied(Path(source), Path(folder)) as draft:
         for layer, memory in memories.items():
             prefix = f"layers.{layer}.engram."
-            if isinstance(memory.table, BlockScaledTable):
-                _write_records(files, draft, prefix + "embed", memory.table.records.cpu(), config.row_width)
+            if _is_packed(memory.table):
+                _write_records(files, draft, prefix + "embed", memory.table.records, config.row_width)
             else:
-                _write_matrix(files, draft, prefix + "embed", memory.table.weight, 1)
-            _write_matrix(files, draft, prefix + "wkv", memory.project.weight, BLOCK)
+                _write_matrix(files, draft, prefix + "embed", float_rows(memory.table), 1)
+            _write_matrix(files, draft, prefix + "wkv", memory.project.weight.detach(), BLOCK)
             for name, norm in _norms(memory, prefix).items():
                 stored = files.stored(name)
                 write_rows(draft, stored, norm.detach().to("cpu", stored.dtype))
@@ -197,7 +200,8 @@ def _read(
     _require_tensors(files, config, layer, packed)
     memory, prefix = empty_layer(config, layer, lookup), f"layers.{layer}.engram."
     if packed:
-        memory.table = BlockScaledTable(_records(files, prefix + "embed", memory.table.weight.shape), dtype)
+        fmt = BlockFloat8Rows(config.row_width, dtype)
+        memory.table = ReadOnlyTable(_records(files, prefix + "embed", fmt), fmt).requires_grad_(False)
     else:
         _read_matrix(files, prefix + "embed", memory.table.weight, 1)
     memory.project.weight = nn.Parameter(memory.project.weight.to(dtype))
@@ -214,7 +218,6 @@ def _require_tensors(files: TensorFiles, config: MemoryConfig, layer: int, packe
         _require_rows(files, layer, n_rows)
         if packed:
             files.expect(prefix + "embed.weight", (n_rows, config.row_width), torch.float8_e4m3fn)
-            require(config.row_width % BLOCK == 0, "engram_head_dim", config.row_width, f"a multiple of {BLOCK}")
         M, D = config.branches, config.d_model
         shapes = {"embed": (n_rows, config.row_width, 1), "wkv": ((M + 1) * D, config.d_memory, BLOCK)}
         for name, (R, C, block_rows) in shapes.items():
@@ -248,13 +251,16 @@ def _scaled_chunks(files: TensorFiles, name: str, block_rows: int) -> Iterator[t
         yield first, values, scale
 
 
-def _records(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:
-    """Values and scales of each row side by side, `[R, C + C / 32]`, uint8."""
-    R, C = shape
-    records = torch.empty(R, C + C // BLOCK, dtype=torch.uint8)
+def _records(files: TensorFiles, name: str, fmt: BlockFloat8Rows) -> Tensor:
+    """Values and scales of each row side by side."""
+    records = torch.empty(files.stored(name + ".weight").shape[0], fmt.row_bytes, dtype=torch.uint8)
     for first, values, scales in _scaled_chunks(files, name, 1):
         torch.cat([values.view(torch.uint8), scales.view(torch.uint8)], 1, out=records[first : first + len(values)])
     return records
+
+
+def _is_packed(table: MemoryTable) -> TypeGuard[ReadOnlyTable]:
+    return isinstance(table, ReadOnlyTable) and isinstance(table.format, BlockFloat8Rows)
 
 
 def _is_scaled(files: TensorFiles, name: str) -> bool:
@@ -274,13 +280,13 @@ def _write_records(files: TensorFiles, folder: Path, name: str, records: Tensor,
     values = files.stored(name + ".weight")
     scales = files.stored(name + ".scale")
     for first in range(0, len(records), _CHUNK):
-        piece = records[first : first + _CHUNK]
+        piece = records[first : first + _CHUNK].cpu()
         write_rows(folder, values, piece[:, :width].contiguous().view(torch.float8_e4m3fn), first)
         write_rows(folder, scales, piece[:, width:].contiguous().view(torch.float8_e8m0fnu), first)
 
 
 def _write_matrix(files: TensorFiles, folder: Path, name: str, new: Tensor, block_rows: int) -> None:
-    new, stored = new.detach(), files.stored(name + ".weight")
+    stored = files.stored(name + ".weight")
     if _is_scaled(files, name):
         for first, values, scales in _scaled_chunks(files, name, block_rows):
             piece = new[first : first + len(values)].cpu()

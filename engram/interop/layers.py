@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from engram.config import ConfigError, MemoryConfig, require
-from engram.memory import Engram, MemoryTable, table_sizes
+from engram.memory import Engram, MemoryTable, ReadOnlyTable, table_sizes
+from engram.memory.row_formats import FloatRows
 from engram.training.atomic import atomic_folder
 
 CONFIG = "config.json"
@@ -117,7 +118,15 @@ def require_fits(memory: Engram, layer: int, config: MemoryConfig) -> None:
         )
     require(layer in config.layers, "block of a memory", layer, f"one of {config.layers}")
     require(memory.reader.layer == layer, f"layer of the memory for block {layer}", memory.reader.layer, str(layer))
-    require(isinstance(memory.table, MemoryTable), "table", type(memory.table).__name__, "a MemoryTable, in memory")
+    require(isinstance(memory.table, MemoryTable), "table", type(memory.table).__name__, "a MemoryTable")
+
+
+def float_rows(table: MemoryTable) -> Tensor:
+    """All rows of a table, `[R, width]`, where they lie. Raises `ConfigError` for rows that are quantized."""
+    if not isinstance(table, ReadOnlyTable):
+        return table.weight.detach()
+    require(isinstance(table.format, FloatRows), "rows of a memory's table", table.format.kind, "float")
+    return table.format.decode(table.records)
 
 
 @contextmanager

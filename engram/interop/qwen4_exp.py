@@ -22,6 +22,7 @@ from engram.interop.layers import (
     copied,
     empty_layer,
     errors_name,
+    float_rows,
     orders_up_to,
     require_fits,
     sizes_that_fit,
@@ -238,7 +239,7 @@ class Checkpoint:
             stored = files.stored(name)
             write_rows(folder, stored, values.detach().to("cpu", stored.dtype), first_row)
 
-        table, M, D = memory.table.weight.detach(), self.config.branches, self.config.d_model
+        table, M, D = float_rows(memory.table), self.config.branches, self.config.d_model
         for part in self.parts(layer, len(table)):
             put(part.name, table[part.first : part.first + part.n_rows])
         put(prefix + "key_proj.weight", memory.project.weight[: M * D])

@@ -1,7 +1,7 @@
-"""How a row is stored: as a record of bytes, whole numbers or floats of 8 bits with one scale for the row, or as it is.
+"""How a row is stored: as a record of bytes, whole numbers or floats of 8 bits with their scales, or as it is.
 
 A record holds all that a row's values are made of, so that one read or copy brings it, and it is decoded where it is
-used. The scale is the row's largest magnitude over the largest code: released tables are kept so in 8 bits.
+used. Released tables are kept so in 8 bits, with one scale for the row or one for each 32 values.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from engram.config import require, require_one_of
+from engram.memory.microscaling import BLOCK, from_codes, smallest_scales, to_codes
 
-RowKind = Literal["float", "int8", "fp8"]
+RowKind = Literal["float", "int8", "fp8", "fp8_block32"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ class ScaledRows:
 
     def encode(self, values: Tensor) -> Tensor:
         """Values `[..., width]` -> records `[..., row_bytes]`, uint8. Raises `ConfigError` unless all are finite."""
-        x = values.float()
-        require(bool(x.isfinite().all()), "values to be quantized", "inf or nan", "finite numbers")
+        x = _finite(values)
         # Not below the least normal number: the inverse must be finite.
         scale = (x.abs().amax(-1, keepdim=True) / self.largest).clamp_min(torch.finfo(torch.float32).tiny)
         codes = self._round((x / scale).clamp(-self.largest, self.largest))
@@ -97,11 +98,48 @@ class Float8Rows(ScaledRows):
     largest = 448.0
 
 
-RowFormat = FloatRows | ScaledRows
+@dataclass(frozen=True)
+class BlockFloat8Rows:
+    """`width` codes of 8 bits (e4m3), then a power of two (e8m0) for each 32 of them; values come out as `dtype`.
+
+    DeepSeek-V4.1's tables are such. With s the scale, the smallest that holds the 32, a value is off by |x| / 16 or
+    s / 1024, whichever is more; bfloat16 holds the result exactly.
+    """
+
+    kind: ClassVar[RowKind] = "fp8_block32"
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a record."""
+        return self.width + -(-self.width // BLOCK)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Values `[..., width]` -> records `[..., row_bytes]`, uint8. Raises `ConfigError` unless all are finite."""
+        blocks = self._blocks(_finite(values))
+        scales = smallest_scales(blocks)
+        codes = to_codes(blocks, scales).view(torch.uint8).flatten(-2)[..., : self.width]
+        return torch.cat([codes, scales.view(torch.uint8)], dim=-1)
+
+    def decode(self, records: Tensor) -> Tensor:
+        """Records `[..., row_bytes]` -> values `[..., width]`."""
+        codes, scales = records[..., : self.width], records[..., self.width :]
+        blocks = self._blocks(codes).view(torch.float8_e4m3fn)
+        values = from_codes(blocks, scales.view(torch.float8_e8m0fnu))
+        return values.flatten(-2)[..., : self.width].to(self.dtype)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """`[..., width]` -> `[..., blocks, 32]`, the last one filled up with 0."""
+        return pad(x, (0, -self.width % BLOCK)).unflatten(-1, (-1, BLOCK))
+
+
+RowFormat = FloatRows | ScaledRows | BlockFloat8Rows
 FORMATS: dict[RowKind, Callable[[int, torch.dtype], RowFormat]] = {
     "float": FloatRows,
     "int8": Int8Rows,
     "fp8": Float8Rows,
+    "fp8_block32": BlockFloat8Rows,
 }
 
 
@@ -109,3 +147,10 @@ def row_format(kind: RowKind, width: int, dtype: torch.dtype) -> RowFormat:
     """The format of rows that give `width` numbers of type `dtype`. Raises `ConfigError` for another kind."""
     require_one_of("row format", kind, RowKind)
     return FORMATS[kind](width, dtype)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Values in float32. Raises `ConfigError` unless all are finite."""
+    x = values.float()
+    require(bool(x.isfinite().all()), "values to be quantized", "inf or nan", "finite numbers")
+    return x

@@ -82,7 +82,8 @@ class MemoryTable(nn.Module):
         return partial(self, rows)
 
     def read_only(self, rows: RowKind = "float") -> ReadOnlyTable:
-        """A table of these rows that is only read: as they are and where they are, or quantized (`int8`, `fp8`)."""
+        """A table of these rows that is only read: where they are and as they are (`float`), or quantized (`int8`,
+        `fp8`, `fp8_block32`)."""
         from engram.memory.read_only import ReadOnlyTable
 
         weight = self.weight.detach()
@@ -93,7 +94,7 @@ class MemoryTable(nn.Module):
         """A table that keeps these rows in the host's memory, those that lie there already without a copy.
 
         `pinned`: locked there for a CUDA device to read, if there is one. `cache_rows`: frequent rows to keep on the
-        device where they are used. `rows`: as they are (`float`), or quantized (`int8`, `fp8`).
+        device where they are used. `rows`: as they are (`float`), or quantized (`int8`, `fp8`, `fp8_block32`).
         """
         return self.read_only().to_host(pinned, cache_rows, rows)
 

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from engram.cli import main
 from engram.inference import Sampling
 from engram.inference.opening import open_model
 from engram.inference.text import TextGenerator
+from engram.memory.row_formats import RowKind
 from engram.training.tokenizer import train_bpe
 from engram.training.weights import save_model
 
@@ -51,6 +52,15 @@ def test_what_is_printed_is_the_prompt_and_what_follows_it(folder: Path, prompts
     assert "30 tokens" in err or "60 tokens" in err
     assert generate(folder, *prompts, *settings, "--no-echo") == 0
     assert capsys.readouterr().out == "\n\n".join(new) + "\n"
+
+
+@pytest.mark.parametrize("kind", get_args(RowKind))
+def test_rows_of_every_format_are_generated_from(folder: Path, kind: RowKind, capsys: Any) -> None:
+    model, tokenizer = open_model(folder, rows=kind)
+    assert tokenizer is not None
+    new = TextGenerator(model, tokenizer).generate(["def f"], 30, sampling=Sampling(temperature=0.0))
+    assert generate(folder, "def f", "--temperature", "0", "--rows", kind) == 0
+    assert capsys.readouterr().out == f"def f{new[0]}\n"
 
 
 def test_a_prompt_comes_from_standard_input(folder: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -122,7 +122,7 @@ def test_a_compiled_layer_reads_the_same_rows(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.compile(memory, backend="aot_eager", fullgraph=True)(hidden, ids), expected)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8_block32"])
 def test_quantized_rows_change_logits_a_little(kind: RowKind, tmp_path: Path) -> None:
     model, ids = model_of(), ids_of(2, 40)
     with torch.no_grad():

@@ -70,9 +70,10 @@ def test_a_model_says_the_same_with_its_tables_on_the_host_or_on_disk(tmp_path: 
 
 @torch.no_grad()
 @pytest.mark.parametrize("tables", ["device", "host"])
-def test_rows_of_8_bits_change_what_a_model_says_a_little(tmp_path: Path, tables: Any) -> None:
+@pytest.mark.parametrize("rows", ["int8", "fp8_block32"])
+def test_rows_of_8_bits_change_what_a_model_says_a_little(tmp_path: Path, tables: Any, rows: Any) -> None:
     model, ids = saved(tmp_path), torch.randint(300, (2, 9))
-    opened, _ = open_model(tmp_path, tables, rows="int8")
+    opened, _ = open_model(tmp_path, tables, rows=rows)
     difference = (opened(ids) - model(ids)).abs().max() / model(ids).abs().max()
     assert 0 < difference < 0.02
 

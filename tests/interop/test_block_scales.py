@@ -1,4 +1,4 @@
-"""8-bit floats with a scale for each block of 32: decoded by hand, and encoded so that nothing unchanged moves."""
+"""Matrices in 8-bit floats with block scales: decoded by hand, and encoded so that nothing unchanged moves."""
 
 import math
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from released import PAD, V41, primes_from, same_files, save_v41, v41_tensors, v41_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram import ConfigError, Engram
+from engram.inference.offload import offload, quantize
 from engram.interop import deepseek_v41
-from engram.memory import table_sizes
+from engram.memory import OffloadedTable, ReadOnlyTable, table_sizes
 
 LAYERS = V41["engram_layer_ids"]
 D, M = V41["hidden_size"], V41["hc_mult"]
@@ -155,6 +156,7 @@ def test_packed_tables_say_the_same_in_264_bytes_for_256_values(folder: Path, tm
     assert torch.equal(table(torch.arange(len(table.records))), whole[2].table.weight)
     hidden, ids = torch.randn(2, 8, M, D), torch.randint(0, 57, (2, 8))
     assert torch.equal(packed[2](hidden, ids), whole[2](hidden, ids))
+    assert isinstance(table, ReadOnlyTable)
     packed[2](hidden, ids).sum().backward()  # what is no row learns
     assert packed[2].project.weight.grad is not None
     assert [name for name, _ in table.named_parameters()] == []
@@ -162,6 +164,33 @@ def test_packed_tables_say_the_same_in_264_bytes_for_256_values(folder: Path, tm
     assert same_files(folder, tmp_path / "ours")
     with pytest.raises(ConfigError, match=r"embed\.weight: type is torch\.bfloat16: allowed is torch\.float8_e4m3fn"):
         deepseek_v41.read_memory(save_v41(tmp_path / "plain", v41_tensors(scaled=False)), packed=True)
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_tables_elsewhere_say_the_same_and_are_written_back_bit_for_bit(
+    folder: Path, tmp_path: Path, place: Any, packed: bool
+) -> None:
+    memories = deepseek_v41.read_memory(folder, packed=packed)
+    hidden, ids = torch.randn(2, 8, M, D), torch.randint(0, 57, (2, 8))
+    with torch.no_grad():
+        expected = [memory(hidden, ids) for memory in memories.values()]
+        tables = tmp_path / "tables" if place == "disk" else None
+        moved = offload(nn.ModuleList(memories.values()), place, folder=tables, cache_rows=20)
+        assert [table.format.kind for table in moved.values()] == ["fp8_block32" if packed else "float"] * 2
+        for memory, update in zip(memories.values(), expected, strict=True):
+            assert isinstance(memory.table, OffloadedTable)
+            assert torch.equal(memory(hidden, ids), update)
+    deepseek_v41.write_memory(memories, folder, tmp_path / "ours")
+    assert same_files(folder, tmp_path / "ours")
+
+
+def test_rows_in_another_format_of_8_bits_are_not_written(folder: Path, tmp_path: Path) -> None:
+    memories = deepseek_v41.read_memory(folder)
+    quantize(nn.ModuleList(memories.values()), "int8")
+    with pytest.raises(ConfigError, match="rows of a memory's table is 'int8': allowed is float"):
+        deepseek_v41.write_memory(memories, folder, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_packed_rows_of_another_checkpoint_are_written_as_they_are(folder: Path, tmp_path: Path) -> None:

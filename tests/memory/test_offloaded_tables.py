@@ -7,6 +7,7 @@ import pickle
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from engram.memory import DiskTable, MemoryTable, OffloadedTable
 from engram.memory.offloaded import HostTable
 from engram.memory.row_formats import RowKind
 
-KINDS = ["float", "int8", "fp8"]
+KINDS = get_args(RowKind)
 
 
 def elsewhere(
