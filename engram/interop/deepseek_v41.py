@@ -134,7 +134,7 @@ def write_memory(memories: Mapping[int, Engram], source: str | Path, folder: str
     """
     config, files = _config(source, torch.bfloat16), TensorFiles(source)
     for layer, memory in memories.items():
-        require_fits(memory, layer, config)
+        require_fits(memory, layer, config, ("float", BlockFloat8Rows.kind))
         _require_canonical(memory.reader.hasher.n_canonical, source)
         _require_tensors(files, config, layer, _is_packed(memory.table))
     with copied(Path(source), Path(folder)) as draft:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engram.config import ConfigError, MemoryConfig, require
 from engram.memory import Engram, MemoryTable, ReadOnlyTable, table_sizes
-from engram.memory.row_formats import FloatRows
+from engram.memory.row_formats import RowKind
 from engram.training.atomic import atomic_folder
 
 CONFIG = "config.json"
@@ -105,8 +105,9 @@ def chosen(layers: Collection[int] | None, config: MemoryConfig) -> list[int]:
     return list(config.layers) if layers is None else sorted(set(layers))
 
 
-def require_fits(memory: Engram, layer: int, config: MemoryConfig) -> None:
-    """Raise `ConfigError` naming the setting unless a memory is the one that a checkpoint's config describes."""
+def require_fits(memory: Engram, layer: int, config: MemoryConfig, rows: tuple[RowKind, ...] = ("float",)) -> None:
+    """Raise `ConfigError` naming the setting unless a memory is the one that a checkpoint's config describes, with a
+    table in one of the formats `rows`."""
     own = replace(memory.config, table_dtype=config.table_dtype)
     for field in fields(MemoryConfig):
         wanted = getattr(config, field.name)
@@ -119,14 +120,13 @@ def require_fits(memory: Engram, layer: int, config: MemoryConfig) -> None:
     require(layer in config.layers, "block of a memory", layer, f"one of {config.layers}")
     require(memory.reader.layer == layer, f"layer of the memory for block {layer}", memory.reader.layer, str(layer))
     require(isinstance(memory.table, MemoryTable), "table", type(memory.table).__name__, "a MemoryTable")
+    kind = memory.table.format.kind if isinstance(memory.table, ReadOnlyTable) else "float"
+    require(kind in rows, f"rows of the memory of block {layer}", kind, " or ".join(rows))
 
 
 def float_rows(table: MemoryTable) -> Tensor:
-    """All rows of a table, `[R, width]`, where they lie. Raises `ConfigError` for rows that are quantized."""
-    if not isinstance(table, ReadOnlyTable):
-        return table.weight.detach()
-    require(isinstance(table.format, FloatRows), "rows of a memory's table", table.format.kind, "float")
-    return table.format.decode(table.records)
+    """All rows of a table of floats, `[R, width]`, where they lie."""
+    return table.format.decode(table.records) if isinstance(table, ReadOnlyTable) else table.weight.detach()
 
 
 @contextmanager

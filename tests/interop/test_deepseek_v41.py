@@ -188,7 +188,7 @@ def test_tables_elsewhere_say_the_same_and_are_written_back_bit_for_bit(
 def test_rows_in_another_format_of_8_bits_are_not_written(folder: Path, tmp_path: Path) -> None:
     memories = deepseek_v41.read_memory(folder)
     quantize(nn.ModuleList(memories.values()), "int8")
-    with pytest.raises(ConfigError, match="rows of a memory's table is 'int8': allowed is float"):
+    with pytest.raises(ConfigError, match="rows of the memory of block 0 is 'int8': allowed is float or fp8_block32"):
         deepseek_v41.write_memory(memories, folder, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
