@@ -84,7 +84,7 @@ def magnitudes(inputs: Inputs, experts: Tensor) -> dict[str, float]:
     leaves = {name: value.abs().requires_grad_() for name, value in inputs.items()}
     y = loop_over_experts(experts=experts, squash=torch.ones_like, **leaves)
     y.backward(torch.ones_like(y))
-    return {"y": float(y.norm())} | {
+    return {"y": float(y.detach().norm())} | {
         name: float(leaf.grad.norm()) for name, leaf in leaves.items() if leaf.grad is not None
     }
 
