@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from small_causal_lm import CONFIG, LOOKUP, V
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -18,17 +19,6 @@ from engram.interop.causal_lm import EngramConfig, EngramForCausalLM
 from engram.training.tokenizer import train_bpe
 from engram.training.weights import load_model, save_model
 
-V = 40
-LOOKUP = torch.arange(V) // 2
-CONFIG: dict[str, Any] = {
-    "vocab_size": V,
-    "d_model": 24,
-    "n_layers": 2,
-    "attention": {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1, "head_dim": 12},
-    "dense_width": 32,
-    "experts": {"n_experts": 4, "top_k": 2, "width": 12},
-    "memory": {"layers": [1], "rows": [31, 37], "n_heads": 2, "row_width": 4},
-}
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied, branches": {"tied": True, "branches": 2},

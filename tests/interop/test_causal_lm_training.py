@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_causal_lm import CONFIG, LOOKUP, V
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -12,13 +13,8 @@ from engram import ConfigError
 from engram.interop.causal_lm import EngramConfig, EngramForCausalLM
 from engram.interop.trainer import MemoryTrainer
 
-V = 40
-CONFIG: dict[str, Any] = {
-    "vocab_size": V,
-    "d_model": 24,
-    "n_layers": 2,
-    "attention": {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1, "head_dim": 12},
-    "dense_width": 32,
+SETTINGS = {
+    **CONFIG,
     "experts": {"n_experts": 4, "top_k": 1, "width": 12, "bias_step": 0.01},
     "memory": {"layers": [1], "rows": [401, 401], "n_heads": 2, "row_width": 8},
 }
@@ -28,7 +24,7 @@ DATA = [{"input_ids": window, "labels": window} for window in WINDOWS]
 
 def model_of() -> EngramForCausalLM:
     torch.manual_seed(1)
-    return EngramForCausalLM(EngramConfig(**CONFIG), torch.arange(V) // 2)
+    return EngramForCausalLM(EngramConfig(**SETTINGS), LOOKUP)
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
