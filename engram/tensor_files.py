@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.config import ConfigError
+from engram.config import ConfigError, require
 
 _DTYPES = {
     "F64": torch.float64,
@@ -146,3 +146,17 @@ def _entry(described: dict[str, Any], begin: int) -> Entry:
     if not all(type(number) is int and 0 <= number < 2**63 for number in (start, end, *shape)):
         raise ValueError(f"shape {shape}, offsets {[start, end]}")
     return Entry(_DTYPES[described["dtype"]], torch.Size(shape), start + begin, end + begin)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, from the index of a folder of several.
+
+    Raises `ConfigError` naming it if it can't be read, or leads out of its folder.
+    """
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(isinstance(name, str) and Path(name).name == name for name in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{str(index)!r} can't be read as an index of weights: {error!r}") from error
+    require(plain, f"{str(index)!r}: weight_map", "a path", "names of files in the same folder")
+    return dict(files)

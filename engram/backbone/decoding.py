@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from engram.backbone.positions import BlockCache, Places, positions_of
+from engram.backbone.positions import BlockCache, Places, positions_of, rotated_dim
 from engram.backbone.rope import rotations
 from engram.config import GQAConfig, MLAConfig, require
 from engram.memory import Memory
@@ -72,9 +72,9 @@ class DecodingState:
         if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             n = int(self.length) + T
             require(n <= self.capacity, "number of tokens", n, f"at most the state's capacity, {self.capacity}")
-        dim = attention.head_dim if isinstance(attention, GQAConfig) else attention.qk_rope_head_dim
         now = torch.arange(T, device=token_ids.device)
-        cos, sin = rotations((self.next_position.unsqueeze(1) + now).flatten(), dim, attention.rope_theta)
+        positions = (self.next_position.unsqueeze(1) + now).flatten()
+        cos, sin = rotations(positions, rotated_dim(attention), attention.rope_theta)
         slots, slot = self.length + now, torch.arange(self.capacity, device=now.device)
         real = torch.ones_like(token_ids, dtype=torch.bool) if document_ids is None else document_ids >= 0
         self.real.index_copy_(1, slots, real)

@@ -26,11 +26,15 @@ class Positions(NamedTuple):
     mask: Tensor | None
 
 
+def rotated_dim(config: GQAConfig | MLAConfig) -> int:
+    """How many channels of a head turn with its position."""
+    return config.head_dim if isinstance(config, GQAConfig) else config.qk_rope_head_dim
+
+
 def positions_of(token_ids: Tensor, document_ids: Tensor | None, config: GQAConfig | MLAConfig) -> Positions:
     """Angles and mask for ids `[B, T]`: a token sees its own document's tokens up to itself."""
     T, device = token_ids.shape[1], token_ids.device
-    dim = config.head_dim if isinstance(config, GQAConfig) else config.qk_rope_head_dim
-    cos, sin = rotations(torch.arange(T, device=device), dim, config.rope_theta)
+    cos, sin = rotations(torch.arange(T, device=device), rotated_dim(config), config.rope_theta)
     if document_ids is None:
         return Positions(cos, sin, None, None)
     if has_attention(device.type):

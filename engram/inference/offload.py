@@ -6,19 +6,20 @@ own, which brings the same rows from elsewhere (engram/memory/offloaded.py).
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from engram.config import ConfigError, require
+from engram.config import require
 from engram.memory import DiskTable, MemoryTable, OffloadedTable, ReadOnlyTable, RowReader
 from engram.memory.reading import ReadStats
 from engram.memory.row_formats import RowKind
+from engram.memory.table import tables_in
 from engram.parallel.consolidate import INDEX, WEIGHTS
+from engram.tensor_files import read_index
 
 Place = Literal["host", "disk"]
 Table = TypeVar("Table", bound=MemoryTable)
@@ -62,10 +63,7 @@ def offload_from(model: nn.Module, folder: str | Path, *, cache_rows: int = 0) -
     Raises `ConfigError` for a table that isn't there or has another size or type.
     """
     folder = Path(folder)
-    try:
-        there = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).exists() else {}
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{str(folder / INDEX)!r} cannot be read: {error}") from error
+    there = read_index(folder / INDEX) if (folder / INDEX).exists() else {}
 
     def serve(name: str, table: MemoryTable) -> DiskTable:
         name = f"{name}.weight"
@@ -85,7 +83,7 @@ def quantize(model: nn.Module, rows: RowKind) -> dict[str, ReadOnlyTable]:
 
 def offloaded_tables(model: nn.Module) -> dict[str, OffloadedTable]:
     """The tables of a model that lie elsewhere, by name."""
-    return {name: table for name, _, _, table in _tables(model) if isinstance(table, OffloadedTable)}
+    return {name: table for name, _, _, table in tables_in(model) if isinstance(table, OffloadedTable)}
 
 
 def warm_caches(model: nn.Module, token_ids: Tensor, document_ids: Tensor | None = None) -> None:
@@ -110,17 +108,9 @@ def _size(table: MemoryTable) -> tuple[int, int, torch.dtype]:
 
 def _replace(model: nn.Module, make: Callable[[str, MemoryTable], Table]) -> dict[str, Table]:
     """Put another table in the place of each; none is replaced unless all can be made."""
-    found = list(_tables(model))
+    found = list(tables_in(model))
     require(bool(found), "model", type(model).__name__, "one with memory tables")
     made = {name: make(name, table) for name, _, _, table in found}
     for name, owner, attribute, _ in found:
         setattr(owner, attribute, made[name])
     return made
-
-
-def _tables(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, MemoryTable]]:
-    """Each table's name, and the module that holds it under which attribute."""
-    for prefix, owner in model.named_modules():
-        for attribute, child in owner.named_children():
-            if isinstance(child, MemoryTable):
-                yield ".".join(filter(None, (prefix, attribute))), owner, attribute, child

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from engram.backbone import EngramLM
 from engram.config import ConfigError, ModelConfig, require, require_one_of
 from engram.inference.offload import offload, offload_from, quantize
-from engram.memory import MemoryTable
 from engram.memory.row_formats import RowKind
+from engram.memory.table import tables_in
 from engram.parallel.checkpoint import CHECKPOINTS, is_checkpoint, last_checkpoint, load, read_run
 from engram.training.tokenizer import load_tokenizer
 from engram.training.weights import load_model
@@ -40,7 +40,7 @@ def open_model(
     require(tables != "device" or not cache_rows, "cache_rows", cache_rows, "0 with tables on the device")
     require(tables != "disk" or rows == "float", "rows", rows, "float with tables on disk, in the model's own files")
     model, tokenizer, files = _open(Path(path))
-    if any(isinstance(module, MemoryTable) for module in model.modules()):
+    if tables_in(model):
         if tables == "host":
             offload(model, "host", cache_rows=cache_rows, rows=rows)
         elif tables == "disk":

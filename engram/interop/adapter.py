@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engram.config import ConfigError, MemoryConfig, build_config, require
 from engram.interop.host import Identity
 from engram.training.atomic import atomic_folder
 from engram.training.cache import disk_errors_name
+from engram.training.weights import write_tensors
 
 _WEIGHTS, _ABOUT = "engram.safetensors", "engram.json"
 
@@ -27,11 +27,7 @@ def write_adapter(folder: Path, config: MemoryConfig, identity: Identity, tensor
     """Write memory to a folder, whole or not at all. Raises `ConfigError` naming the file when the disk refuses."""
     with atomic_folder(folder, owned=(_WEIGHTS, _ABOUT)) as draft:
         with disk_errors_name(folder / _WEIGHTS):
-            try:
-                save_file(tensors, draft / _WEIGHTS, {"format": "pt"})
-            except SafetensorError as error:  # safetensors tells of the disk in words alone
-                raise ConfigError(f"cannot write {str(folder / _WEIGHTS)!r}: {error}") from error
-            (draft / _WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
+            write_tensors(tensors, draft / _WEIGHTS, folder / _WEIGHTS, {})
         about: dict[str, Any] = {"memory": dataclasses.asdict(config), "base_model": dataclasses.asdict(identity)}
         about["sha256"] = {"settings": _settings_sha256(about), _WEIGHTS: _sha256(draft / _WEIGHTS)}
         with disk_errors_name(folder / _ABOUT):

@@ -5,7 +5,6 @@ Tensors are read when they are asked for, straight into the memory that is to ho
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from engram.config import ConfigError, require
 from engram.parallel.consolidate import INDEX, WEIGHTS
-from engram.tensor_files import Entry, read_header
+from engram.tensor_files import Entry, read_header, read_index
 
 _CHUNK_BYTES = 2**26
 
@@ -56,7 +55,7 @@ class TensorFiles:
         index, single = self.folder / INDEX, self.folder / WEIGHTS
         if index.exists():
             self._listed_in = index
-            self._file_of = _weight_map(index)
+            self._file_of = read_index(index)
         else:
             require(single.exists(), "checkpoint", str(folder), f"a folder with {WEIGHTS} or {INDEX}")
             self._listed_in = single
@@ -132,13 +131,3 @@ def write_rows(folder: Path, stored: Stored, rows: Tensor, first_row: int = 0) -
 
 def _row_bytes(stored: Stored) -> int:
     return stored.n_bytes // stored.shape[0] if stored.shape and stored.shape[0] else stored.n_bytes
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(isinstance(name, str) and Path(name).name == name for name in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{str(index)!r} can't be read as an index of weights: {error!r}") from error
-    require(plain, f"{str(index)!r}: weight_map", "a path", "names of files in the same folder")
-    return dict(files)

@@ -125,6 +125,16 @@ class MemoryTable(nn.Module):
         self._enter()  # a copy is another table
 
 
+def tables_in(model: nn.Module) -> list[tuple[str, nn.Module, str, MemoryTable]]:
+    """Each memory table in a model: its name, and the module that holds it under which attribute."""
+    return [
+        (".".join(filter(None, (prefix, attribute))), owner, attribute, child)
+        for prefix, owner in model.named_modules()
+        for attribute, child in owner.named_children()
+        if isinstance(child, MemoryTable)
+    ]
+
+
 def register(table: MemoryTable) -> int:
     """A number by which operators find a table, as long as somebody else keeps it."""
     number = next(_NUMBERS)

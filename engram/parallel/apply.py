@@ -19,7 +19,7 @@ from engram.backbone import EngramLM
 from engram.backbone.initialize import materialize
 from engram.config import require
 from engram.experts import MoE
-from engram.memory import MemoryTable
+from engram.memory.table import tables_in
 from engram.parallel.config import MeshSizes
 from engram.parallel.experts import ShardedExperts
 from engram.parallel.mesh import Mesh
@@ -86,12 +86,10 @@ def shard_tables(model: nn.Module, mesh: Mesh) -> None:
     must call this with the same one. Tables on the meta device can be drawn after it, by `materialize`, so that no
     process ever holds a whole one.
     """
-    names = []
-    for prefix, module in model.named_modules():
-        for name, child in list(module.named_children()):
-            if isinstance(child, MemoryTable):
-                setattr(module, name, ShardedTable(child, mesh))
-                names.append(".".join(filter(None, (prefix, name, "weight"))))
+    tables = tables_in(model)
+    for _, owner, attribute, table in tables:
+        setattr(owner, attribute, ShardedTable(table, mesh))
+    names = [f"{name}.weight" for name, *_ in tables]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 

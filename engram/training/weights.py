@@ -22,11 +22,11 @@ from torch import Tensor
 
 from engram.backbone import EngramLM
 from engram.config import ConfigError, ModelConfig, require
-from engram.memory import MemoryTable
 from engram.memory.readers import RowReader
+from engram.memory.table import tables_in
 from engram.parallel.checkpoint import read_run
 from engram.parallel.consolidate import INDEX, PARTS, WEIGHTS, consolidate
-from engram.tensor_files import Header, map_tensors, read_header
+from engram.tensor_files import Header, map_tensors, read_header, read_index
 from engram.training.atomic import atomic_folder
 from engram.training.cache import disk_errors_name
 from engram.training.checksums import CHECKSUMS, Advance, checked_header, damages, read_checksums, write_checksums
@@ -59,14 +59,20 @@ def save_model(
     text = None if tokenizer is None else tokenizer.to_str()
 
     def write(draft: Path, metadata: dict[str, str]) -> list[Path]:
-        try:
-            save_file(tensors, draft / WEIGHTS, {"format": "pt", **metadata})
-        except SafetensorError as error:  # safetensors tells of the disk in words alone
-            raise ConfigError(f"cannot write {str(Path(folder) / WEIGHTS)!r}: {error}") from error
-        (draft / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
+        write_tensors(tensors, draft / WEIGHTS, Path(folder) / WEIGHTS, metadata)
         return [draft / WEIGHTS]
 
     return _write_folder(Path(folder), write, model.config, lookup, text)
+
+
+def write_tensors(tensors: dict[str, Tensor], draft: Path, path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file at `draft`, which is to become `path`. Raises `ConfigError` naming that when the disk
+    refuses."""
+    try:
+        save_file(tensors, draft, {"format": "pt", **metadata})
+    except SafetensorError as error:  # safetensors tells of the disk in words alone
+        raise ConfigError(f"cannot write {str(path)!r}: {error}") from error
+    draft.chmod(0o644)  # safetensors lets nobody else read it
 
 
 def save_checkpoints_model(checkpoint: str | Path, folder: str | Path) -> Path:
@@ -161,9 +167,10 @@ def _checked(
         warnings.warn(f"whether {str(folder)!r} is damaged is not known: {_NO_CHECKSUMS}", stacklevel=3)
     tensors = {name: tensor for path, header in headers.items() for name, tensor in map_tensors(path, header).items()}
     lookup = tensors.pop(_LOOKUP, None)
-    if not _origins(folder, headers):
+    origins = _origins(folder, headers)
+    if not origins:
         warnings.warn(f"weights in {str(folder)!r} do not tell what they were trained with", stacklevel=3)
-    _require_origin(folder, headers, config, lookup, tokenizer)
+    _require_origin(folder, origins, config, lookup, tokenizer)
     return config, lookup, tensors
 
 
@@ -185,7 +192,7 @@ def verify_model(folder: str | Path, advance: Advance | None = None) -> list[str
             lookups = [
                 map_tensors(path, header)[_LOOKUP] for path, header in headers.items() if _LOOKUP in header.entries
             ]
-            _require_origin(folder, headers, read_config(folder), next(iter(lookups), None))
+            _require_origin(folder, _origins(folder, headers), read_config(folder), next(iter(lookups), None))
         return found
 
 
@@ -220,11 +227,8 @@ def _open(folder: Path) -> tuple[dict[Path, Header], dict[str, Any] | None]:
     where: dict[str, str] | None = None
     names = {WEIGHTS}
     if (folder / INDEX).exists():
-        try:
-            where = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{INDEX} is damaged: {type(error).__name__} {error}") from error
-        names = {Path(name).name for name in where.values()}
+        where = read_index(folder / INDEX)
+        names = set(where.values())
     paths = [folder / name for name in sorted(names)]
     headers = {path: read_header(path) if saved is None else checked_header(path, saved) for path in paths}
     if where is not None and where != {name: path.name for path, header in headers.items() for name in header.entries}:
@@ -234,7 +238,7 @@ def _open(folder: Path) -> tuple[dict[Path, Header], dict[str, Any] | None]:
 
 def _require_origin(
     folder: Path,
-    headers: dict[Path, Header],
+    origins: set[str],
     config: ModelConfig,
     lookup: Tensor | None,
     tokenizer: Tokenizer | None = None,
@@ -242,7 +246,7 @@ def _require_origin(
     tokenizers = {} if tokenizer is None else {"the tokenizer given": tokenizer}
     if (folder / _TOKENIZER).exists():
         tokenizers[_TOKENIZER] = load_tokenizer(str(folder))
-    for origin in _origins(folder, headers):
+    for origin in origins:
         require_origin(origin, config, lookup, tokenizers)
 
 
@@ -269,7 +273,7 @@ def _built(config: ModelConfig, lookup: Tensor | None, tensors: dict[str, Tensor
     """The model, made of the tensors themselves: nothing is drawn that would be overwritten."""
     with torch.device("meta"):
         model = EngramLM(config, lookup)
-    tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, MemoryTable)}
+    tables = {f"{name}.weight" for name, *_ in tables_in(model)}
     try:
         model.load_state_dict({k: v if k in tables else v.clone() for k, v in tensors.items()}, assign=True)
     except RuntimeError as error:
