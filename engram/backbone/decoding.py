@@ -49,10 +49,18 @@ class DecodingState:
         require(slack >= 0, "slack", slack, "0 or more")
         self.capacity, self.slack = capacity, slack
         self.blocks = [BlockCache() for _ in range(n_layers)]
-        self.memory: dict[str, Any] = {name: module.init_state(batch_size, slack) for name, module in memories.items()}
         self._memories = memories
         self.real = torch.zeros(batch_size, capacity, dtype=torch.bool, device=device)
-        self.next_position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Go back to before the first token."""
+        B, device = self.batch_size, self.real.device
+        for block in self.blocks:
+            block.tensors = ()
+        self.memory: dict[str, Any] = {name: m.init_state(B, self.slack) for name, m in self._memories.items()}
+        self.real = torch.zeros_like(self.real)
+        self.next_position = torch.zeros(B, dtype=torch.int64, device=device)
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self._undoable = torch.zeros_like(self.length)
 

@@ -31,7 +31,7 @@ from transformers.utils import can_return_tuple
 
 from engram.backbone import DecodingState, EngramLM
 from engram.backbone.block import Block
-from engram.config import ModelConfig, require
+from engram.config import ConfigError, ModelConfig, require
 from engram.experts import RoutingStats
 from engram.interop.packing import documents_by_position
 from engram.memory import RowReader
@@ -93,7 +93,7 @@ class _PastLayer(CacheLayerMixin):
         """Nothing: the model's first step makes what is kept."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a cache of EngramForCausalLM is changed by the model alone")
+        raise ConfigError("a cache of EngramForCausalLM is changed by the model alone")
 
     def get_seq_length(self) -> int:
         return int(self.state.length)
@@ -105,10 +105,10 @@ class _PastLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
-        raise NotImplementedError("make a new cache instead")
+        self.state.reset()
 
     def offload(self) -> None:
-        raise NotImplementedError("a cache of EngramForCausalLM stays on its device")
+        raise ConfigError("a cache of EngramForCausalLM stays on its device")
 
     def crop(self, tokens_to_remove: int) -> None:
         self.state.rollback(abs(tokens_to_remove))

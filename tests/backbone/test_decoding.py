@@ -84,6 +84,19 @@ def test_tokens_taken_back_leave_no_trace(shape: str, data: st.DataObject) -> No
 
 
 @pytest.mark.parametrize("shape", ["plain", "latent", "bigram", "over encoding", "branches"])
+def test_a_state_that_is_reset_is_as_new(shape: str) -> None:
+    model = exact(shape)
+    state = model.init_state(2, capacity=9, slack=3)
+    for _ in range(2):
+        ids = torch.randint(0, V, (2, 9))
+        logits = torch.cat([step(model, part, state) for part in ids.split([6, 1, 2], 1)], 1)
+        torch.testing.assert_close(logits, uncached(model, ids), **ROUNDING)
+        state.reset()
+    with pytest.raises(ConfigError, match="tokens to take back is 1: allowed is 0 to 0"):
+        state.rollback(1)
+
+
+@pytest.mark.parametrize("shape", ["plain", "latent", "bigram", "over encoding", "branches"])
 def test_sequences_are_chosen_and_doubled_as_beams_are(shape: str) -> None:
     model, ids = exact(shape), torch.randint(0, V, (3, 6))
     state = model.init_state(3, capacity=6)

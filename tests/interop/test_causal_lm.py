@@ -143,6 +143,16 @@ def test_a_caches_sequences_are_multiplied_each_beside_its_own() -> None:
     torch.testing.assert_close(model(ids[rows, 6:], cache=cache).logits, model(ids[rows]).logits[:, 6:])
 
 
+def test_a_cache_that_is_reset_serves_another_text() -> None:
+    model, ids = causal().double(), torch.randint(0, V, (1, 6))
+    cache = model.generate(ids, max_new_tokens=5, return_dict_in_generate=True, pad_token_id=0).cache
+    cache.reset()
+    other = torch.randint(0, V, (1, 8))
+    torch.testing.assert_close(model(other, cache=cache).logits, model(other).logits, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ConfigError, match="changed by the model alone"):
+        cache.update(torch.zeros(1), torch.zeros(1), 0)
+
+
 def test_documents_packed_by_position_ids_are_apart() -> None:
     model, ids = causal().double(), torch.randint(0, V, (1, 11))
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]])
