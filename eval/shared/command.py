@@ -7,6 +7,7 @@ import importlib
 import math
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from eval.shared.subjects import Subject, open_subjects
 def main(question: Question, args: Sequence[str] | None = None) -> int:
     """Ask a question; returns the exit code. A bad setting ends in one line on stderr and code 2."""
     options = parser_of(question).parse_args(args)
+    # What torch says of a checkpoint that one process reads.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
         prepare_process()
         return _ask(question, options)
