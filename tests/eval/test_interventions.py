@@ -1,4 +1,4 @@
-"""A memory that is suppressed: against models that were built without, rows that were read, and themselves afterwards."""
+"""A memory that is suppressed: against models built without, rows that were read, and itself afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
