@@ -69,45 +69,66 @@ def _count_name(i: int) -> str:
     return str(i) if i < 2 else f"{2 ** (i - 1)} to {2**i - 1}"
 
 
-def measure(asked: Asked) -> Result:
-    """Losses of all groups for each checkpoint, and their differences from the first."""
-    hot_from = asked.options.hot_from
-    require(hot_from >= 2, "hot-from", hot_from, "2 or more")
-    held_out, first = asked.held_out, asked.subjects[0]
-    suffixes = count_suffixes(held_out, first, asked.options.order)
-    text = held_out.whole()
-    documents, n_bytes = text["target_documents"].ravel(), text["target_bytes"]
-    groups = groups_of(held_out, suffixes, hot_from)
-    members = np.stack([who.ravel() for named in groups.values() for who in named.values()], -1)  # [tokens, groups]
-    nats = {subject.name: token_nats(asked, subject) for subject in asked.subjects}
+class Groups:
+    """The groups that `groups_of` makes, and sums over their tokens.
 
-    def summed(values: NDArray[Any]) -> NDArray[np.float64]:
-        return sums_by_document(documents, values.ravel()[:, None] * members)
+    described: of each what a page says of it, kind and name first.
+    """
 
-    tokens, in_bytes = summed(np.ones(n_bytes.shape)), summed(n_bytes) * np.log(2)
-    answers = {}
-    for name, values in nats.items():
-        own, less = summed(values), summed(values - nats[first.name])
-        answers[name] = {
-            "nats": ratios(own, tokens),
-            "bits_per_byte": ratios(own, in_bytes),
-            "difference": ratios(less, tokens),
-        }
-    return {
-        "order": suffixes.order,
-        "hot_from": hot_from,
-        "groups": [
+    def __init__(self, held_out: HeldOut, suffixes: SuffixCounts, hot_from: int) -> None:
+        text, named = held_out.whole(), groups_of(held_out, suffixes, hot_from)
+        documents, n_bytes = text["target_documents"], text["target_bytes"]
+        self.order, self.hot_from, self.n_bytes = suffixes.order, hot_from, n_bytes
+        self._documents = documents.ravel()
+        self._members = np.stack([who.ravel() for each in named.values() for who in each.values()], -1)  # [tokens, G]
+        self.described = [
             {
                 "kind": kind,
                 "name": name,
                 "tokens": int(who.sum()),
                 "bytes": int(n_bytes[who].sum()),
-                "documents": len(np.unique(text["target_documents"][who])),
+                "documents": len(np.unique(documents[who])),
                 "ngrams": len(np.unique(suffixes.numbers[who])),
             }
-            for kind, named in groups.items()
-            for name, who in named.items()
-        ],
+            for kind, each in named.items()
+            for name, who in each.items()
+        ]
+
+    @property
+    def tokens(self) -> NDArray[np.float64]:
+        """How many there are `[documents, groups]`."""
+        return self.summed(np.ones(len(self._documents)))
+
+    def summed(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Sums of a value of each token `[windows, T]` by document and group, `[documents, groups]`."""
+        return sums_by_document(self._documents, values.ravel()[:, None] * self._members)
+
+
+def grouped(asked: Asked) -> Groups:
+    """Groups of the text, by what the first checkpoint was trained on. Raises `ConfigError` for bad options of them."""
+    hot_from = asked.options.hot_from
+    require(hot_from >= 2, "hot-from", hot_from, "2 or more")
+    return Groups(asked.held_out, count_suffixes(asked.held_out, asked.subjects[0], asked.options.order), hot_from)
+
+
+def measure(asked: Asked) -> Result:
+    """Losses of all groups for each checkpoint, and their differences from the first."""
+    groups = grouped(asked)
+    nats = {subject.name: token_nats(asked, subject) for subject in asked.subjects}
+    first = nats[asked.subjects[0].name]
+    in_bits = groups.summed(groups.n_bytes) * np.log(2)  # bytes, such that nats over them are bits over bytes
+    answers = {}
+    for name, values in nats.items():
+        own, less = groups.summed(values), groups.summed(values - first)
+        answers[name] = {
+            "nats": ratios(own, groups.tokens),
+            "bits_per_byte": ratios(own, in_bits),
+            "difference": ratios(less, groups.tokens),
+        }
+    return {
+        "order": groups.order,
+        "hot_from": groups.hot_from,
+        "groups": groups.described,
         "checkpoints": answers,
     }
 
@@ -123,10 +144,8 @@ def draw(result: Result) -> Any:
         for i, (name, answer) in enumerate(answers.items()):
             if what == "difference" and name == first:
                 continue
-            _plot(ax, [answer[what][k] for k in at], name, f"C{i}")
-        ax.set_xticks(range(len(at)), [groups[k]["name"] for k in at], rotation=45, ha="right", fontsize=8)
-        ax.set_xlabel(f"times the suffix {result['order']}-gram was seen in training")
-        ax.grid(alpha=0.25)
+            plot_intervals(ax, [answer[what][k] for k in at], label=name, color=f"C{i}")
+        name_counts(ax, result)
         ax.legend(frameon=False, fontsize=8)
     axes[0][0].set_ylabel("nats per token")
     if several:
@@ -139,10 +158,19 @@ def draw(result: Result) -> Any:
     return figure
 
 
-def _plot(ax: Any, intervals: list[dict[str, float | None]], name: str, colour: str) -> None:
+def name_counts(ax: Any, result: Result) -> None:
+    """Name the groups by count along an axis."""
+    names = [group["name"] for group in result["groups"] if group["kind"] == "count"]
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    ax.set_xlabel(f"times the suffix {result['order']}-gram was seen in training")
+    ax.grid(alpha=0.25)
+
+
+def plot_intervals(ax: Any, intervals: list[dict[str, float | None]], **style: Any) -> None:
+    """Values in a row, with their intervals as bars."""
     values = np.array([[np.nan if v is None else v for v in each.values()] for each in intervals])
     errors = np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])
-    ax.errorbar(np.arange(len(values)), values[:, 0], errors, fmt="o-", ms=4, capsize=2, color=colour, label=name)
+    ax.errorbar(np.arange(len(values)), values[:, 0], errors, **{"fmt": "o-", "ms": 4, "capsize": 2, **style})
 
 
 def tables(result: Result) -> str:

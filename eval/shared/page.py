@@ -68,10 +68,15 @@ def _checkpoint(known: dict[str, Any]) -> list[str]:
     ]
 
 
-def interval(known: dict[str, float | None], digits: int, sign: str = "") -> str:
+def interval(known: dict[str, float | None], digits: int, sign: str = "", unit: str = "") -> str:
     """An interval of an answer, as a page tells it; `sign` "+" shows the sign of what is positive too."""
     value, low, high = (known[name] for name in ("value", "low", "high"))
     if value is None:
         return "–"  # noqa: RUF001
     ends = "" if low is None or high is None else f" ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
-    return f"{value:{sign}.{digits}f}{ends}"
+    return f"{value:{sign}.{digits}f}{unit}{ends}"
+
+
+def percent(known: dict[str, float | None], digits: int = 1) -> str:
+    """An interval of shares, in percent."""
+    return interval({name: None if value is None else 100 * value for name, value in known.items()}, digits, unit=" %")
