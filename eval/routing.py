@@ -28,7 +28,7 @@ from engram.pages import BLUE, GREY, ORANGE, table
 from eval import loss
 from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
-from eval.shared.interventions import CHANGES, Change, suppressed
+from eval.shared.interventions import CHANGES, Change, memories_of, suppressed
 from eval.shared.page import percent
 from eval.shared.progress import shown
 from eval.shared.question import Asked, Question, Result
@@ -91,7 +91,7 @@ def routing_of(asked: Asked, subject: Subject, change: Change | None = None) -> 
     """The routing of a checkpoint as it is, or with its memory suppressed."""
     model = subject.model
     experts, gates, doubt, n = [], [], np.zeros(len(model.moe_layers())), 0
-    state = suppressed(model, change) if change is not None else nullcontext()
+    state = suppressed(model, change, asked.options.layers) if change is not None else nullcontext()
     with state, _routers_watched(model) as seen:
         for batch in asked.held_out.batches(subject.device, f"{subject.name}, {change or 'as it is'}"):
             with asked.precision():
@@ -211,8 +211,6 @@ def compared(
 
 def quarters(values: Floats) -> Ints:
     """Of each value its quarter, 0 of the lowest to 3 of the highest; equal values share one."""
-    if not len(values):
-        return np.zeros(0, np.int64)
     return np.searchsorted(np.quantile(values, [0.25, 0.5, 0.75]), values, side="left")
 
 
@@ -230,6 +228,8 @@ def measure(asked: Asked) -> Result:
     for subject in asked.subjects:
         if not subject.model.moe_layers():
             raise ConfigError(f"{subject.name!r} has no experts: nothing is routed")
+        if subject.model.memories():
+            memories_of(subject.model, asked.options.layers, repr(subject.name))
     suffixes = count_suffixes(asked.held_out, asked.subjects[0], asked.options.order)
     strata = suffixes.strata(hot_from).ravel()
     documents = asked.held_out.whole()["document_ids"].ravel()
@@ -293,7 +293,7 @@ def _contrasts(routing: Routing, strata: Ints) -> Iterator[tuple[str, list[int],
     everything = np.arange(len(strata))
     within = {"gates": everything} | {f"gates, {name}": np.flatnonzero(strata == s) for s, name in enumerate(_STRATA)}
     sources = [gates_for(routing, block) for block in routing.blocks]
-    for name, tokens in within.items():
+    for name, tokens in ((name, tokens) for name, tokens in within.items() if len(tokens)):
         for source in dict.fromkeys(each for each in sources if each is not None):
             at = [i for i, each in enumerate(sources) if each == source]
             quarter = quarters(routing.gates[source][tokens])
@@ -323,10 +323,9 @@ def _changed(
     experts: NDArray[np.int32], others: NDArray[np.int32], documents: Ints, groups: dict[str, NDArray[np.bool_]]
 ) -> dict[str, Any]:
     """Share of choices that change, by group of tokens."""
-    members = np.stack(list(groups.values()), -1)
-    changed = changed_choices(experts, others).astype(np.float64)
-    changes = sums_by_document(documents, changed[:, None] * members)
-    choices = sums_by_document(documents, float(experts.shape[1]) * members)
+    members = np.stack(list(groups.values()), -1).astype(np.float64)
+    changes = sums_by_document(documents, changed_choices(experts, others)[:, None] * members)
+    choices = sums_by_document(documents, experts.shape[1] * members)
     return dict(zip(groups, ratios(changes, choices), strict=True))
 
 
@@ -341,8 +340,9 @@ def draw(result: Result) -> Any:
         _draw_contrasts(column[2], answer)
         _draw_changes(column[3], answer, result["suppressed"])
     for row in (axes[0], axes[2], axes[3]):  # of all checkpoints on one scale
-        top = max(ax.get_ylim()[1] for ax in row)
-        for ax in row:
+        drawn = [ax for ax in row if ax.has_data()]
+        top = max((ax.get_ylim()[1] for ax in drawn), default=1)
+        for ax in drawn:
             ax.set_ylim(0, top)
             ax.grid(alpha=0.25)
     return figure
@@ -371,7 +371,10 @@ def _draw_pairs(ax: Any, answer: dict[str, Any], figure: Any) -> None:
     # Half a token more, so that pairs that never meet have a colour too.
     ratio = np.log2((found + 0.5) / (expected + 0.5))
     np.fill_diagonal(ratio, np.nan)
-    image = ax.imshow(ratio, cmap="RdBu_r", vmin=-2, vmax=2, interpolation="nearest")
+    E = len(order)
+    ends = (0.5, E + 0.5, E + 0.5, 0.5)
+    image = ax.imshow(ratio, cmap="RdBu_r", vmin=-2, vmax=2, interpolation="nearest", extent=ends)
+    ax.set_facecolor("#bbbbbb")  # on the diagonal
     ax.set_title(f"block {layer['block']}, where pairs are furthest from chance", fontsize=9)
     ax.set_xlabel("experts, the most used first")
     ax.set_ylabel("experts, the most used first")
@@ -430,6 +433,7 @@ def _name_blocks(ax: Any, answer: dict[str, Any]) -> None:
 
 
 def _say(ax: Any, text: str) -> None:
+    ax.set_axis_off()
     ax.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=ax.transAxes)
 
 
@@ -489,6 +493,7 @@ def _table_of_contrasts(answer: dict[str, Any]) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of strata, and how the memory is suppressed."""
     loss.add_options(parser)
+    parser.add_argument("--layers", nargs="+", default=[], metavar="BLOCK", help="suppress these memories alone")
     parser.add_argument("--suppress", choices=CHANGES, default="zeroed", help="how the memory is suppressed (zeroed)")
 
 

@@ -23,14 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram.backbone import token_losses
-from engram.config import ConfigError, require
-from engram.pages import table
+from engram.pages import GREY, table
 from engram.training.data import Batch
 from eval import loss
 from eval.loss import Groups, grouped, name_counts, plot_intervals
 from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
-from eval.shared.interventions import CHANGES, Change, suppressed
+from eval.shared.interventions import CHANGES, Change, memories_of, suppressed
 from eval.shared.page import interval, percent
 from eval.shared.question import Asked, Question, Result
 from eval.shared.subjects import Subject
@@ -54,7 +53,7 @@ def measure(asked: Asked) -> Result:
     """Loss, hits and marks of each checkpoint as it is and under each change."""
     options = asked.options
     for subject in asked.subjects:
-        _require_memories(subject, options.layers)
+        memories_of(subject.model, options.layers, repr(subject.name))
     tasks = {
         subject.name: (
             probes_of(asked, subject, options.examples),
@@ -71,7 +70,7 @@ def measure(asked: Asked) -> Result:
                 scores[change] = _token_scores(asked, subject, change or "as it is")
                 marks[change] = [mark for ask in tasks[subject.name] for mark in ask()]
         answers[subject.name] = {
-            "memories": options.layers or list(subject.model.memories()),
+            "memories": list(memories_of(subject.model, options.layers)),
             **_of_groups(groups, scores),
             "tasks": [_of_task(list(each)) for each in zip(*marks.values(), strict=True)],
         }
@@ -81,14 +80,6 @@ def measure(asked: Asked) -> Result:
         "groups": groups.described,
         "checkpoints": answers,
     }
-
-
-def _require_memories(subject: Subject, layers: Sequence[str]) -> None:
-    names = list(subject.model.memories())
-    if not names:
-        raise ConfigError(f"{subject.name!r} has no memory: there is nothing to suppress")
-    for layer in layers:
-        require(layer in names, "layers", layer, f"one of {subject.name!r}'s: " + ", ".join(names))
 
 
 _CHUNK = 1024  # tokens whose logits are held
@@ -143,7 +134,7 @@ def _of_task(marks: Sequence[Marks]) -> dict[str, Any]:
     }
 
 
-_MARKERS = {"zeroed": "o-", "shuffled": "s--"}
+_STYLES: dict[str, dict[str, str]] = {"zeroed": {"fmt": "o-"}, "shuffled": {"fmt": "s--", "mfc": "white"}}
 _KINDS = ("all", "domain", "pair", "stratum")
 
 
@@ -159,7 +150,7 @@ def draw(result: Result) -> Any:
     lanes = [(name, change) for name in answers for change in CHANGES]
     for lane, (name, change) in enumerate(lanes):
         answer, colour = answers[name], f"C{list(answers).index(name)}"
-        style = {"color": colour, "label": f"{name}, {change}", "fmt": _MARKERS[change]}
+        style = {"color": colour, "label": f"{name}, {change}", **_STYLES[change]}
         plot_intervals(left, [answer[change]["difference"][i] for i in counts], **style)
         kept = {groups[i]["name"]: answer[change]["retained"][i] for i in told}
         kept |= {_task_name(task): task[change]["retained"] for task in answer["tasks"]}
@@ -169,18 +160,18 @@ def draw(result: Result) -> Any:
                 y = row + 0.7 * ((lane + 0.5) / len(lanes) - 0.5)
                 value, low, high = (np.nan if v is None else 100 * v for v in known.values())
                 ends = [[max(value - low, 0)], [max(high - value, 0)]]
-                hollow = {"mfc": "white"} if change == "shuffled" else {}
-                right.errorbar(value, y, xerr=ends, fmt=_MARKERS[change][0], ms=4, capsize=1.5, color=colour, **hollow)
+                right.errorbar(value, y, xerr=ends, color=colour, ms=4, capsize=1.5, **_STYLES[change])
     name_counts(left, result)
-    left.axhline(0, color="#808080", lw=1)
+    left.axhline(0, color=GREY, lw=1)
     left.set_ylabel("increase of the loss, nats per token")
     left.legend(frameon=False, fontsize=8)
     right.set_yticks(range(len(rows)), rows, fontsize=8)
     right.set_ylim(len(rows) - 0.5, -0.5)
     for row in range(1, len(rows)):
         right.axhline(row - 0.5, color="#dddddd", lw=0.6)
-    right.axhline(len(told) - 0.5, color="#808080", lw=1)
-    right.axvline(100, color="#808080", lw=1)
+    right.axhline(len(told) - 0.5, color=GREY, lw=1)
+    right.axvline(100, color=GREY, lw=1)
+    right.set_xlim(left=min(0, right.get_xlim()[0]))
     right.set_xlabel("kept, % of the hits (text) or of the accuracy (tasks)")
     return figure
 

@@ -43,12 +43,7 @@ def suppressed(model: EngramLM, change: Change, layers: Sequence[str] = ()) -> I
     Raises:
         ConfigError: a model without memory, a name that is none of its memories'.
     """
-    memories = model.memories()
-    if not memories:
-        raise ConfigError("the model has no memory: there is nothing to suppress")
-    for name in layers:
-        require(name in memories, "layers", name, "one of " + ", ".join(memories))
-    chosen = {name: memories[name] for name in layers or memories}
+    chosen = memories_of(model, layers)
     try:
         for name, memory in chosen.items():
             _put(model, name, _CHANGED[change](memory))
@@ -56,6 +51,16 @@ def suppressed(model: EngramLM, change: Change, layers: Sequence[str] = ()) -> I
     finally:
         for name, memory in chosen.items():
             _put(model, name, memory)
+
+
+def memories_of(model: EngramLM, layers: Sequence[str] = (), who: str = "the model") -> dict[str, Memory]:
+    """The memories of these names, all if there are none. Raises `ConfigError` as `suppressed` does, of `who`."""
+    memories = model.memories()
+    if not memories:
+        raise ConfigError(f"{who} has no memory: there is nothing to suppress")
+    for name in layers:
+        require(name in memories, "layers", name, f"memories of {who}: " + ", ".join(memories))
+    return {name: memories[name] for name in layers or memories}
 
 
 def _put(model: EngramLM, name: str, memory: nn.Module) -> None:

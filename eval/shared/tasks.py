@@ -7,6 +7,7 @@ before and after something was done to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,9 @@ def probes_of(asked: Asked, subject: Subject, n: int = 0) -> Callable[[], list[M
             with asked.precision():
                 answers = ask(subject.model, questions, asked.options.batch_size or 32)
             groups: dict[str, NDArray[np.bool_]] = {"": np.ones(len(answers.question), bool)}
-            for group in dict.fromkeys(each for example in examples for each in example.group):
+            names = list(dict.fromkeys(name for example in examples for name, _ in example.group))
+            values = {each for example in examples for each in example.group}
+            for group in sorted(values, key=lambda each: (names.index(each[0]), each[1])):
                 of_group = np.array([group in example.group for example in examples])
                 groups[f"{group[0].replace('_', ' ')} {group[1]}"] = of_group[answers.question]
             chance = np.array([example.chance for example in examples])[answers.question]
@@ -112,7 +115,7 @@ def harness_tasks(
                 # By the task's own numbers: that of a question decides which draws it is in.
                 own = sorted((s for s in samples if s["filter"] == among), key=lambda sample: sample["doc_id"])
                 values = [sample[metric] for sample in own]
-                if all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
+                if all(isinstance(value, Real) and 0 <= value <= 1 for value in values):
                     told = metric if among == "none" else f"{metric}, {among}"
                     question = np.array([sample["doc_id"] for sample in own])
                     found.append(Marks(task, "", told, np.nan, np.array(values, np.float64), question))

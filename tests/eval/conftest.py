@@ -27,3 +27,9 @@ def experts_run(trained_cache: Path) -> Path:
 def branches_run(trained_cache: Path) -> Path:
     """Two residual branches, and memories before blocks 0 and 2."""
     return train("branches", trained_cache)
+
+
+@pytest.fixture(scope="session")
+def probes_run(trained_cache: Path) -> Path:
+    """The hybrid, with facts and brackets mixed into its text."""
+    return train("probes", trained_cache)

@@ -41,6 +41,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "memory": {**_MODEL, **_HYBRID},
     # Two memories and two residual branches: what tells layers and branches apart is seen here alone.
     "branches": {**_MODEL, **_HYBRID, "branches": 2, "memory": {**_HYBRID["memory"], "layers": [0, 2]}},
+    "probes": {**_MODEL, **_HYBRID},
+}
+# Few facts, told often, and brackets, of which such a model learns something too.
+DATA: dict[str, dict[str, Any]] = {
+    "probes": {"mixture": {"facts": {"bytes": 150_000, "exposures": [64, 128]}, "brackets": 60_000}}
 }
 
 
@@ -56,6 +61,7 @@ def train(name: str, cache: Path) -> Path:
         "batch_size": BATCH,
         "val_tokens": 16 * 1024,
         "cache_dir": str(cache / "data"),
+        **DATA.get(name, {}),
     }
     settings = {
         "seed_everything": 0,
