@@ -59,7 +59,7 @@ def memories_of(model: EngramLM, layers: Sequence[str] = (), who: str = "the mod
     if not memories:
         raise ConfigError(f"{who} has no memory: there is nothing to suppress")
     for name in layers:
-        require(name in memories, "layers", name, f"memories of {who}: " + ", ".join(memories))
+        require(name in memories, "layers", name, f"one of the memories of {who}: " + ", ".join(memories))
     return {name: memories[name] for name in layers or memories}
 
 

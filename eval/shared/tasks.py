@@ -92,7 +92,9 @@ def harness_tasks(
     from engram.interop.harness import EngramHarness
 
     require(include is None or include.is_dir(), "include-path", str(include), "a folder of tasks")
-    manager = TaskManager(include_path=include)
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=include)  # reads 14,000 files
     for name in names:
         require(bool(manager.match_tasks([name])), "tasks", name, "names of tasks, as `lm_eval ls tasks` shows them")
     options = asked.options
@@ -115,7 +117,7 @@ def harness_tasks(
                 # By the task's own numbers: that of a question decides which draws it is in.
                 own = sorted((s for s in samples if s["filter"] == among), key=lambda sample: sample["doc_id"])
                 values = [sample[metric] for sample in own]
-                if all(isinstance(value, Real) and 0 <= value <= 1 for value in values):
+                if all(isinstance(value, Real) and 0 <= float(value) <= 1 for value in values):
                     told = metric if among == "none" else f"{metric}, {among}"
                     question = np.array([sample["doc_id"] for sample in own])
                     found.append(Marks(task, "", told, np.nan, np.array(values, np.float64), question))

@@ -1,5 +1,6 @@
 """A memory that is suppressed: against models built without, rows that were read, and itself afterwards."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -128,7 +129,7 @@ def test_shuffled_reads_other_rows_of_the_same_heads_one_for_one(kind: MemoryKin
             assert len(set(moved.values())) == len(moved)  # no two of them become one
 
 
-def test_all_rows_of_a_head_are_exchanged_and_heads_differ() -> None:
+def test_all_rows_of_a_head_change_places_and_heads_differ() -> None:
     model = model_of()
     memory = model.memories()["2"]
     sizes, offsets = memory.reader.hasher.moduli[1], memory.reader.hasher.offsets[1]
@@ -137,10 +138,19 @@ def test_all_rows_of_a_head_are_exchanged_and_heads_differ() -> None:
     with suppressed(model, "shuffled"), rows_read(model) as read, pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(memory.reader), "forward", lambda self, ids, documents=None: (places + offsets).unsqueeze(0))
         model.memories()["2"].look_up(torch.zeros(1, n, dtype=torch.int64))
-    images = read[0][0] - offsets
+    images = read[0][0]
     for h, size in enumerate(sizes.tolist()):
-        assert sorted(images[:size, h].tolist()) == list(range(size))
-    assert len({tuple(column) for column in images[:50].T.tolist()}) == len(sizes)
+        assert sorted((images[:size, h] - offsets[h]).tolist()) == list(range(size))
+    assert len({tuple(column) for column in (images - offsets)[:50].T.tolist()}) == len(sizes)
+
+    # A copy whose rows have changed places, one by one.
+    ids, documents = text()
+    moved = copy.deepcopy(model)
+    for h, (first, size) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True)):
+        for place in range(size):
+            moved.memories()["2"].table.weight.data[first + place] = memory.table.weight.data[images[place, h]]
+    with suppressed(model, "shuffled", ["2"]):
+        torch.testing.assert_close(model.run(ids, documents).hidden, moved.run(ids, documents).hidden)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -193,7 +203,10 @@ def test_one_memory_alone_is_suppressed(kind: MemoryKind) -> None:
 
 def test_what_cannot_be_suppressed_is_named() -> None:
     model = model_of()
-    with pytest.raises(ConfigError, match=r"layers is '1': allowed is one of 0, 2"), suppressed(model, "zeroed", ["1"]):
+    with (
+        pytest.raises(ConfigError, match=r"layers is '1': allowed is one of the memories of the model: 0, 2"),
+        suppressed(model, "zeroed", ["1"]),
+    ):
         pass
     with pytest.raises(ConfigError, match="has no memory"), suppressed(without_memory(model), "zeroed"):
         pass
