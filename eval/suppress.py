@@ -46,7 +46,8 @@ would have guessed: the likeliest one is right. <b>Kept</b> is the share of the 
 left: 100&nbsp;% if the memory was not needed, and above if it was in the way. In the paper, at 27 billion parameters
 without its memory, factual questions keep 29 to 44&nbsp;% and reading comprehension 81 to 93&nbsp;%. A guess keeps as
 much as it is worth: see the column of chance. Brackets and bars hold 95&nbsp;% intervals from drawing documents, or a
-task's questions, again.</p>"""
+task's questions, again; where nothing is left of any question they have no width, however few questions there
+were.</p>"""
 
 
 def measure(asked: Asked) -> Result:
