@@ -1,0 +1,47 @@
+"""Words that synthetic texts are made of: nonce words that nobody has met before, and short common ones.
+
+A nonce word is its number written in syllables, so that words of different numbers differ, and numbers that leave
+different remainders never share a word.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+_CONSONANTS = "bdfgklmnprstvzhj"
+_VOWELS = "aeiou"
+_ENDS = "lmnrstkx"
+
+# Short and frequent in source text and in prose, so that most tokenizers have most of them as one token.
+COMMON = tuple(
+    """name type list file data time line code test key path user set get run end not all one two new old first last
+    next map read write open close start stop call return value index item size text word page form view state level
+    order group class point table block""".split()
+)
+
+
+def nonce_word(number: int, syllables: int = 2) -> str:
+    """The word of a number from 0 to `n_words(syllables)` - 1: consonant and vowel in turn, and a consonant."""
+    number, end = divmod(number, len(_ENDS))
+    word = _ENDS[end]
+    for _ in range(syllables):
+        number, vowel = divmod(number, len(_VOWELS))
+        number, consonant = divmod(number, len(_CONSONANTS))
+        word = _CONSONANTS[consonant] + _VOWELS[vowel] + word
+    return word
+
+
+def n_words(syllables: int = 2) -> int:
+    """How many nonce words of so many syllables there are."""
+    return (len(_CONSONANTS) * len(_VOWELS)) ** syllables * len(_ENDS)
+
+
+def nonce_words(n: int, random: Random, syllables: int = 2, part: int = 0, parts: int = 1) -> list[str]:
+    """`n` different nonce words; those of part `part` of `parts` share none with those of another part."""
+    places = random.sample(range(part, n_words(syllables), parts), n)
+    return [nonce_word(_scattered(place, n_words(syllables)), syllables) for place in places]
+
+
+def _scattered(place: int, n: int) -> int:
+    """A permutation of 0 .. n - 1, so that parts don't differ in their words' last letter. n is 2^a 5^b."""
+    return place * 1_000_003 % n
