@@ -1,7 +1,8 @@
 """Modular addition: some pairs of numbers are never added in training, and must be computed.
 
 The task in which networks were first seen to learn a rule long after they had learnt their examples by heart
-(arXiv:2201.02177, arXiv:2301.05217). An N-gram of two or three tokens never holds both numbers.
+(arXiv:2201.02177, arXiv:2301.05217). Numbers are letters, a = 0, as tokenizers cut those of two digits in different
+ways. An N-gram of two or three tokens never holds both numbers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from string import ascii_lowercase
 from typing import ClassVar
 
 from engram.config import require
@@ -23,12 +25,12 @@ class Arithmetic:
     """
 
     name: ClassVar[str] = "arithmetic"
-    modulus: int = 19
+    modulus: int = 23
     held_out: float = 0.2
     lines: int = 10
 
     def __post_init__(self) -> None:
-        require(self.modulus >= 3, "arithmetic.modulus", self.modulus, "3 or more")
+        require(3 <= self.modulus <= 26, "arithmetic.modulus", self.modulus, "3 to 26")
         require(0 < self.held_out < 1, "arithmetic.held_out", self.held_out, "between 0 and 1")
         require(self.lines >= 1, "arithmetic.lines", self.lines, "1 or more")
 
@@ -63,4 +65,4 @@ class Arithmetic:
         return examples
 
     def _line(self, a: int, b: int) -> str:
-        return f"{a} + {b} = {(a + b) % self.modulus}\n"
+        return "so {} + {} = {}\n".format(*(ascii_lowercase[number % self.modulus] for number in (a, b, a + b)))

@@ -15,7 +15,7 @@ from typing import ClassVar
 from engram.config import require
 from engram.synthetic.examples import Example
 
-KINDS = ("()", "[]", "{}", "<>")
+KINDS = (("(", ")"), ("[", "]"), ("{", "}"), ("<", ">"))
 _TEST_SHARE = 8  # one string in so many is for tests
 
 
@@ -71,7 +71,8 @@ class Brackets:
 def _nested(random: Random, depth: int, n_pairs: int) -> tuple[list[str], list[str]]:
     """Brackets of which `n_pairs` are closed and `depth` stay open, in random order, and the closers of the latter."""
     opens, closes = depth + n_pairs, n_pairs
-    text, open_ones = [], []
+    text: list[str] = []
+    open_ones: list[str] = []
     while opens or closes:
         if open_ones and random.random() * (opens + closes) < closes:
             text.append(open_ones.pop())

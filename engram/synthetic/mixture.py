@@ -42,7 +42,7 @@ def read_mixture(settings: Mapping[str, Any], where: str = "mixture") -> dict[st
         n_bytes = own.pop("bytes", 0)
         whole = isinstance(n_bytes, int) and not isinstance(n_bytes, bool) and n_bytes >= 0
         require(whole, f"{where}.{name}", value, "a number of bytes, or a mapping with `bytes`")
-        task = build_config(TASKS[name], own, f"{where}.{name}.")
+        task: Task = build_config(TASKS[name], own, f"{where}.{name}.")
         if n_bytes:
             portions[name] = Portion(task, n_bytes)
     return portions

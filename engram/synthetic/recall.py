@@ -1,4 +1,4 @@
-"""Multi-query associative recall: keys with their values, then the keys again in another order.
+"""Multi-query associative recall: keys with their values, then the keys again in another order, each with its value.
 
 MQAR of Zoology (arXiv:2312.04927), in words. Which key has which value is drawn anew in each document, so there is
 nothing to store: a model must find the key in its context, which is attention's work.
@@ -58,10 +58,10 @@ def _document(random: Random, pairs: int) -> tuple[str, list[tuple[int, int, int
     """A document, and of each query's value where it stands and how many pairs lie between it and its first mention."""
     values = dict(zip(random.sample(KEYS, pairs), random.sample(VALUES, pairs), strict=True))
     keys = list(values)
-    text = ", ".join(f"{key} {values[key]}" for key in keys) + "\n"
+    text = "given: " + ", ".join(f"{key} {values[key]}" for key in keys) + "; asked:"
     asked = []
     for i, key in enumerate(random.sample(keys, pairs)):
-        text += f"{', ' if i else ''}{key} "
+        text += f"{',' if i else ''} {key} "
         asked.append((len(text), len(text) + len(values[key]), pairs - 1 - keys.index(key) + i))
         text += values[key]
     return text + "\n", asked

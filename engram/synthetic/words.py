@@ -13,11 +13,12 @@ _VOWELS = "aeiou"
 _ENDS = "lmnrstkx"
 
 # Short and frequent in source text and in prose, so that most tokenizers have most of them as one token.
-COMMON = tuple(
-    """name type list file data time line code test key path user set get run end not all one two new old first last
-    next map read write open close start stop call return value index item size text word page form view state level
-    order group class point table block""".split()
-)
+_COMMON = """
+name type list file data time line code test key path user set get run end not all one two new old first last next map
+read write open close start stop call return value index item size text word page form view state level order group
+class point table block
+"""
+COMMON = tuple(_COMMON.split())
 
 
 def nonce_word(number: int, syllables: int = 2) -> str:
