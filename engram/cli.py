@@ -1,5 +1,5 @@
 """The `engram` command: `engram sweep plan|run|status|report PLAN.yaml`, `engram consolidate CHECKPOINT FOLDER`,
-`engram verify FOLDER`, `engram generate MODEL PROMPT`, `engram inspect PATH`."""
+`engram verify FOLDER`, `engram generate MODEL PROMPT`, `engram inspect PATH`, `engram eval NAME --checkpoint RUN`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("path", type=Path, help="a folder of engram's, of Qwen4-Exp or of DeepSeek-V4.1")
     action.add_argument("--json", action="store_true", help="for programs")
     action.set_defaults(run=_inspect)
+    action = commands.add_parser("eval", help="ask a question of checkpoints", add_help=False)
+    action.add_argument("arguments", nargs=argparse.REMAINDER)
+    action.set_defaults(run=_eval)
     return parser
 
 
@@ -212,6 +215,21 @@ def _inspect(args: argparse.Namespace) -> int:
 
     report = inspect(args.path)
     print(json.dumps(report.to_dict(), indent=1) if args.json else report.text())
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from eval import QUESTIONS
+
+    name = args.arguments[0] if args.arguments else "--help"
+    if name in QUESTIONS:
+        from eval.shared.command import run
+
+        return run(name, args.arguments[1:])
+    if name not in ("-h", "--help"):
+        require(False, "question", name, "one of " + ", ".join(QUESTIONS))
+    print("usage: engram eval NAME --checkpoint RUN [--against RUN ...]; engram eval NAME --help tells more\n")
+    print("\n".join(f"  {name:<10}{text}" for name, text in QUESTIONS.items()))
     return 0
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
-matplotlib.use("Agg")  # files only: no screen is needed
-
-import matplotlib.pyplot as plt
-
+from engram.pages import BLUE, GREEN, GREY, ORANGE
 from engram.sweep.plan import MAIN_VARIANT
 from engram.sweep.results import Measured, Row, curve_of
-from engram.training.atomic import atomic_file
 
-_BLUE, _ORANGE, _GREY, _GREEN = "#1f5f99", "#d9731a", "#808080", "#2a8a57"
 _AXIS = "ρ: share of the inactive parameters given to experts"  # noqa: RUF001
 _MARKERS = "sD^vPX*"
 
@@ -46,23 +38,23 @@ def _draw_curve(axes: Any, measured: Measured) -> None:
     curve, fitted = measured.curve, measured.fitted
     best = fitted.best_smooth
     if not math.isnan(best.low):
-        axes.axvspan(best.low, best.high, color=_ORANGE, alpha=0.12, lw=0, label="95 % interval of ρ*")  # noqa: RUF001
-    axes.axvline(best.value, color=_ORANGE, lw=1, ls=":")
-    axes.plot(fitted.grid, fitted.smooth, color=_ORANGE, lw=2, label=f"smooth fit, ρ* = {best.value:.2f}")  # noqa: RUF001
+        axes.axvspan(best.low, best.high, color=ORANGE, alpha=0.12, lw=0, label="95 % interval of ρ*")  # noqa: RUF001
+    axes.axvline(best.value, color=ORANGE, lw=1, ls=":")
+    axes.plot(fitted.grid, fitted.smooth, color=ORANGE, lw=2, label=f"smooth fit, ρ* = {best.value:.2f}")  # noqa: RUF001
     axes.plot(
         fitted.grid,
         fitted.quadratic,
-        color=_GREY,
+        color=GREY,
         lw=1.2,
         ls="--",
         label=f"quadratic fit, ρ* = {fitted.best_quadratic.value:.2f}"  # noqa: RUF001
         + (" (it does not fit)" if fitted.is_no_parabola else ""),
     )
     for losses in curve.losses.T:
-        axes.plot(curve.rho, losses, "o", color=_BLUE, ms=3.5, alpha=0.45)
+        axes.plot(curve.rho, losses, "o", color=BLUE, ms=3.5, alpha=0.45)
     spread = curve.losses.std(1, ddof=1) if curve.losses.shape[1] > 1 else None
     label = f"mean of {curve.losses.shape[1]} seeds" + ("" if spread is None else " ± s.d.")
-    axes.errorbar(curve.rho, curve.means, spread, fmt="o", color=_BLUE, ms=6, capsize=3, label=label, zorder=3)
+    axes.errorbar(curve.rho, curve.means, spread, fmt="o", color=BLUE, ms=6, capsize=3, label=label, zorder=3)
     axes.set_xlabel(_AXIS)
     axes.set_ylabel("validation loss, nats per token")
     for end, side in ((0, "left"), (-1, "right")):
@@ -73,7 +65,7 @@ def _draw_curve(axes: Any, measured: Measured) -> None:
             xytext=(2 if side == "left" else -2, 4),
             textcoords="offset points",
             ha=side,
-            color=_GREY,
+            color=GREY,
             fontsize=9,
         )
     # Above the axes, as a U leaves no corner free.
@@ -107,7 +99,7 @@ def _draw_tokens(axes: Any, measured: Sequence[Measured]) -> None:
 
 def _draw_variants(axes: Any, rows: Sequence[Row], measured: Measured, variants: Sequence[str]) -> None:
     curve = measured.curve
-    axes.plot(curve.rho, curve.means, "o-", ms=3, lw=1.2, color=_BLUE, label=MAIN_VARIANT)
+    axes.plot(curve.rho, curve.means, "o-", ms=3, lw=1.2, color=BLUE, label=MAIN_VARIANT)
     for i, variant in enumerate(variants):
         own = [r for r in rows if r.variant == variant and r.tokens == measured.tokens]
         for rho in sorted({r.rho_actual for r in own}):
@@ -132,7 +124,7 @@ def draw_domains(rows: Sequence[Row]) -> Any:
     """Bits per byte by domain over rho, each less its value at the highest rho."""
     last = max(r.tokens for r in rows if r.final)
     figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-    for name, colour in (("code", _BLUE), ("prose", _GREEN)):
+    for name, colour in (("code", BLUE), ("prose", GREEN)):
         curve = curve_of(rows, last, f"bits_per_byte_{name}")
         axes.plot(
             curve.rho,
@@ -146,18 +138,3 @@ def draw_domains(rows: Sequence[Row]) -> Any:
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     return figure
-
-
-def save_png(figure: Any, path: Path) -> None:
-    """Write a figure, atomically, and let go of it."""
-    with atomic_file(path) as draft:
-        figure.savefig(draft, format="png", dpi=140)
-    plt.close(figure)
-
-
-def inline_png(figure: Any) -> str:
-    """A figure as a data URI, and let go of it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -8,17 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engram.config import ConfigError
+from engram.pages import page, picture, save_png, table
 from engram.sweep.fit import CONFIDENCE, Interval
 from engram.sweep.plan import MAIN_VARIANT, SweepPlan, plan_table
-from engram.sweep.plot import draw, draw_domains, end_name, inline_png, save_png
+from engram.sweep.plot import draw, draw_domains, end_name
 from engram.sweep.results import Measured, Row, collect, measure, write_csv
 from engram.training.atomic import atomic_file
 from engram.training.recorder import RESULT
-
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;font-size:13px;margin:1rem 0}th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px
-solid #ddd}th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{overflow-x:auto;font-size:12px;
-background:#f6f6f6;padding:.8rem}.verdict{font-size:1.15rem;background:#fff4e8;padding:.8rem 1rem}"""
 
 _MEANS = {
     "new pairs": "nats_new",
@@ -70,12 +66,10 @@ def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], ti
     end = _at_the_end(measured)
     differences = [line for m in end for line in _versus(rows, m)]
     head = ["variant", "rho", "on", "seeds", "nats above engram", "95 % interval"]
-    versus = ["<h2>Rivals and controls against engram at the same rho</h2>", _table(head, differences)]
+    versus = ["<h2>Rivals and controls against engram at the same rho</h2>", table(head, differences)]
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
-        f"<h1>{html.escape(title)}</h1>",
         *(f"<p class=verdict>On {m.name}: <b>{m.fitted.verdict}</b>: {html.escape(m.fitted.reason)}.</p>" for m in end),
-        f"<img alt='loss against rho' src='{inline_png(draw(rows, measured, title))}'>",
+        picture(draw(rows, measured, title), "loss against rho"),
         "<p>A pair is repeated where the same token was followed by the same one before, in the same document of the "
         "window: there a run that has learnt to copy from its context needs no other knowledge. When a small model "
         "learns that is a matter of chance, so the total loss can be noisier than the loss on new pairs.</p>",
@@ -91,16 +85,16 @@ def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], ti
         "<i>monotone</i> if one end has the least loss, below the other end and below its own neighbour, and no step "
         "from there goes down; otherwise <i>not resolved</i>.</p>",
         "<h2>How the optimum moves with training</h2>",
-        _table(
+        table(
             ["on", "tokens", "rho*, smooth curve", "below the highest rho", "below the lowest rho", "verdict"],
             [_move(m) for m in measured],
         ),
         "<p>Validations before the last are of the same runs on their way, at learning rates not yet decayed to the "
         "end: they show how a run's curve moves, not what a shorter run would have ended at.</p>",
         "<h2>By domain</h2>",
-        f"<img alt='bits per byte by domain' src='{inline_png(draw_domains(rows))}'>",
+        picture(draw_domains(rows), "bits per byte by domain"),
         "<h2>Losses after the last token</h2>",
-        _table(
+        table(
             ["variant", "rho", "experts", "rows a head", "seeds", "nats", "s.d.", *_MEANS],
             _losses(last),
         ),
@@ -110,7 +104,7 @@ def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], ti
         "experts hold.</p>",
         f"<pre>{html.escape(plan_table(plan))}</pre>",
         "<h2>How it was made</h2>",
-        _table(
+        table(
             ["", ""],
             [
                 ["points finished", f"{done} of {wanted}"],
@@ -121,9 +115,8 @@ def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], ti
                 ["tokens/s of one worker, median", f"{sorted(r.tokens_per_s for r in last)[done // 2]:,.0f}"],
             ],
         ),
-        "</html>",
     ]
-    return "\n".join(parts)
+    return page(title, parts)
 
 
 def _optimum(measured: Measured) -> list[str]:
@@ -133,7 +126,7 @@ def _optimum(measured: Measured) -> list[str]:
     misfit = f"; a parabola does not fit (p = {f.lack_of_fit:.2g})" if f.is_no_parabola else ""
     return [
         f"<h3>On {measured.name}</h3>",
-        _table(
+        table(
             ["", "estimate", "95 % interval"],
             [
                 ["rho*, smooth curve", f"{f.best_smooth.value:.2f}", f.best_smooth.span(2)],
@@ -165,7 +158,7 @@ def _versus(rows: Sequence[Row], measured: Measured) -> list[list[str]]:
     """Each variant's loss less the main curve's at the same rho, over the seeds that both have."""
     at_end = [r for r in rows if r.tokens == measured.tokens]
     main = {(r.rho, r.seed): getattr(r, measured.metric) for r in at_end if r.variant == MAIN_VARIANT}
-    table = []
+    lines = []
     for variant, rho in dict.fromkeys((r.variant, r.rho) for r in at_end if r.variant != MAIN_VARIANT):
         own = [r for r in at_end if (r.variant, r.rho) == (variant, rho) and (rho, r.seed) in main]
         if own:
@@ -174,17 +167,17 @@ def _versus(rows: Sequence[Row], measured: Measured) -> list[list[str]]:
             # The two runs of a seed share its effect, and each has the noise of a run of the main curve.
             half = measured.curve.margin((1 + CONFIDENCE) / 2, len(own))
             interval = Interval(mean, mean - half, mean + half).span(4)
-            table.append([html.escape(variant), f"{rho:.2f}", measured.name, str(len(own)), f"{mean:+.4f}", interval])
-    return table
+            lines.append([html.escape(variant), f"{rho:.2f}", measured.name, str(len(own)), f"{mean:+.4f}", interval])
+    return lines
 
 
 def _losses(rows: Sequence[Row]) -> list[list[str]]:
-    table = []
+    lines = []
     for variant, rho in dict.fromkeys((r.variant, r.rho) for r in rows):
         own = [r for r in rows if (r.variant, r.rho) == (variant, rho)]
         mean = {key: sum(getattr(r, key) for r in own) / len(own) for key in ("nats", *_MEANS.values())}
         spread = (sum((r.nats - mean["nats"]) ** 2 for r in own) / max(1, len(own) - 1)) ** 0.5
-        table.append(
+        lines.append(
             [
                 html.escape(variant),
                 f"{own[0].rho_actual:.3f}",
@@ -196,14 +189,8 @@ def _losses(rows: Sequence[Row]) -> list[list[str]]:
                 *(f"{mean[key]:.4f}" for key in _MEANS.values()),
             ]
         )
-    return table
+    return lines
 
 
 def _number(value: float) -> str:
     return "unknown: one seed" if math.isnan(value) else f"{value:.4f}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = ["<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in body]
-    return "\n".join([*lines, "</table>"])

@@ -32,7 +32,7 @@ _TOP_COMMENT = re.compile(r"(?:#[^\n]*\n)+")
 _MANY_BLANK_LINES = re.compile(r"\n{4,}")
 _DATA_LINE = re.compile(r"""\s*(?:[\d"'\[({\\)\]}]|[a-z]{1,2}["']|-\d)""")
 # This project, what it installs beside itself, and its description: a corpus must not change with our own README.
-_DEVELOPED_HERE = re.compile(r"engram|_engram_lm_eval|engram_moe-.*\.dist-info")
+_DEVELOPED_HERE = re.compile(r"engram|eval|_engram_lm_eval|engram_moe-.*\.dist-info")
 
 
 class Document(NamedTuple):

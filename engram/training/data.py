@@ -35,8 +35,9 @@ class TokenData(lightning.LightningDataModule):
 
     A batch holds int64 [B, T] tensors: `tokens`, `targets` (the next token, across document boundaries too: the
     first token of a document is predicted from the end-of-text token before it) and `document_ids` (the number of the
-    token's document in its split). Validation batches also hold `domains` (number of the target's
-    domain), `target_bytes` (bytes of text of the target, 0 for the end of text) and `repeated` (see `repeats`).
+    token's document in its split). Validation batches also hold, of the target, `target_documents` (the number of its
+    document), `domains` (of its domain), `target_bytes` (bytes of text, 0 for the end of text), and `repeated` (see
+    `repeats`).
 
     With `look_ahead` a training batch also holds `next_tokens` and `next_document_ids`, those of the batch after it.
 
@@ -127,10 +128,15 @@ class TokenData(lightning.LightningDataModule):
     @property
     def n_val_windows(self) -> int:
         """Windows that validation scores: whole batches of the first `val_tokens` held-out tokens."""
-        n = self._count_windows(self._validation, "validation")
+        n = self.n_held_out_windows
         if self.config.val_tokens:
             n = max(1, min(n, self.config.val_tokens // self.config.seq_len))
         return n - n % min(n, self.config.batch_size)
+
+    @property
+    def n_held_out_windows(self) -> int:
+        """All windows of the validation split."""
+        return self._count_windows(self._validation, "validation")
 
     def _count_windows(self, file: TokenFile, split: str) -> int:
         n = (len(file.tokens) - 1) // self.config.seq_len
@@ -143,12 +149,20 @@ class TokenData(lightning.LightningDataModule):
         """Rows of this rank of the batch of a step: the ranks' rows in order are the rows of a single process."""
         rows = _slice_of_rank(self.config.batch_size, rank, world_size)
         samples = np.int64(step) * self.config.batch_size + rows
-        return self._batch(self._train, sample_windows(samples, self.n_train_windows, self.config.seed))
+        return self.train_windows(sample_windows(samples, self.n_train_windows, self.config.seed))
 
     def val_batch(self, index: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Rows of this rank of a validation batch."""
         size = min(self.n_val_windows, self.config.batch_size)
-        return self._batch(self._validation, index * size + _slice_of_rank(size, rank, world_size))
+        return self.val_windows(index * size + _slice_of_rank(size, rank, world_size))
+
+    def train_windows(self, windows: NDArray[np.int64]) -> Batch:
+        """Windows of the training split, by number."""
+        return self._batch(self._train, windows)
+
+    def val_windows(self, windows: NDArray[np.int64]) -> Batch:
+        """Windows of the validation split, by number; of them `n_val_windows` are scored in training."""
+        return self._batch(self._validation, windows)
 
     def _batch(self, file: TokenFile, windows: NDArray[np.int64]) -> Batch:
         positions = windows[:, None] * self.config.seq_len + np.arange(self.config.seq_len + 1)
@@ -156,6 +170,7 @@ class TokenData(lightning.LightningDataModule):
         documents = file.document_at(positions[:, :-1])
         batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "document_ids": documents}
         if file.n_bytes is not None:
+            batch["target_documents"] = file.document_at(positions[:, 1:])
             batch["domains"] = file.domain_at(positions[:, 1:])
             batch["target_bytes"] = file.n_bytes[positions[:, 1:]].astype(np.int64)
             batch["repeated"] = repeats(batch["tokens"], batch["targets"], documents)

@@ -1,0 +1,1 @@
+"""What the questions share: checkpoints, held-out text, statistics over documents, and the page."""

@@ -1,0 +1,77 @@
+"""The page of a folder of answers: one self-contained HTML file for readers who did not run anything.
+
+It is made anew of all the JSON files and pictures that are there each time another question is answered.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engram.pages import page, table
+from engram.training.atomic import atomic_file
+from eval import QUESTIONS
+
+PAGE = "report.html"
+
+
+def write_page(folder: Path) -> Path:
+    """Write the page of a folder's answers; returns its path."""
+    records = [_read(folder / f"{name}.json") for name in QUESTIONS if (folder / f"{name}.json").is_file()]
+    names = list(dict.fromkeys(checkpoint["name"] for record in records for checkpoint in record["checkpoints"]))
+    parts = [_contents(records), *(part for record in records for part in _section(record, folder))]
+    with atomic_file(folder / PAGE) as draft:
+        draft.write_text(page(" and ".join(names), parts), encoding="utf-8")
+    return folder / PAGE
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _contents(records: Sequence[dict[str, Any]]) -> str:
+    items = (f"<li><a href='#{r['question']}'>{html.escape(QUESTIONS[r['question']])}</a>" for r in records)
+    return "<ul>" + "".join(items) + "</ul>"
+
+
+def _section(record: dict[str, Any], folder: Path) -> Iterable[str]:
+    name = record["question"]
+    question = importlib.import_module(f"eval.{name}").QUESTION
+    picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+    yield f"<h2 id={name}>{html.escape(question.title)}</h2>{question.about}"
+    yield f"<img alt='{html.escape(question.title)}' src='data:image/png;base64,{picture}'>"
+    yield question.tables(record["result"])
+    yield "<details><summary>Checkpoints and settings</summary>"
+    yield table(
+        ["checkpoint", "rho", "parameters", "a token uses", "memory", "trained on, tokens", "seed", "corpus"],
+        [_checkpoint(checkpoint) for checkpoint in record["checkpoints"]],
+    )
+    settings = {**record["options"], "hardware": record["device"], **record["versions"]}
+    yield table(["", ""], [[html.escape(str(k)), html.escape(str(v))] for k, v in settings.items()]) + "</details>"
+
+
+def _checkpoint(known: dict[str, Any]) -> list[str]:
+    return [
+        html.escape(known["name"]),
+        f"{known['rho']:.3f}",
+        f"{known['total']:,}",
+        f"{known['active']:,}",
+        known["memory"] or "none",
+        "unknown" if known["tokens"] is None else f"{known['tokens']:,}",
+        "unknown" if known["seed"] is None else str(known["seed"]),
+        "unknown" if known["corpus_hash"] is None else known["corpus_hash"][:12],
+    ]
+
+
+def interval(known: dict[str, float | None], digits: int, sign: str = "") -> str:
+    """An interval of an answer, as a page tells it; `sign` "+" shows the sign of what is positive too."""
+    value, low, high = (known[name] for name in ("value", "low", "high"))
+    if value is None:
+        return "–"  # noqa: RUF001
+    ends = "" if low is None or high is None else f" ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
+    return f"{value:{sign}.{digits}f}{ends}"

@@ -1,0 +1,71 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from asking import answer_of
+
+from engram.cli import main as engram
+from eval import QUESTIONS
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    assert engram(["eval", *map(str, args)]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error: ")
+    return told
+
+
+def test_bad_input_ends_in_one_line_that_names_it(
+    memory_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = ("loss", "--checkpoint", memory_run, "--output", tmp_path)
+    assert "'los'" in _refused(capsys, "los")
+    assert str(tmp_path) in _refused(capsys, "loss", "--checkpoint", tmp_path)
+    assert "tokens is 63" in _refused(capsys, *loss, "--tokens", "63")
+    assert "names is ['a', 'b']" in _refused(capsys, *loss, "--names", "a", "b")
+    assert "hot-from is 1" in _refused(capsys, *loss, "--hot-from", "1")
+    assert "batch-size is -1" in _refused(capsys, *loss, "--batch-size", "-1")
+    assert "device is 'cuda:99'" in _refused(capsys, *loss, "--device", "cuda:99")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_without_its_run_is_asked_on_a_text_that_is_named(
+    memory_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = shutil.copytree(memory_run / "model", tmp_path / "alone")
+    assert "--data" in _refused(capsys, "loss", "--checkpoint", alone)
+    settings = yaml.safe_load((memory_run / "config.yaml").read_text())["data"]["config"]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(settings))
+    own = answer_of("loss", tmp_path / "own", memory_run)
+    named = answer_of("loss", tmp_path / "named", alone, "--data", tmp_path / "data.yaml")
+    first, second = (next(iter(record["result"]["checkpoints"].values()))["nats"][0] for record in (own, named))
+    assert first == second
+    assert named["checkpoints"][0]["tokens"] is None
+
+
+def test_checkpoints_of_other_tokenizers_and_changed_texts_are_refused(
+    memory_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = yaml.safe_load((memory_run / "config.yaml").read_text())["data"]["config"]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({**settings, "tokenizer_bytes": 20_000}))
+    told = _refused(capsys, "loss", "--checkpoint", memory_run, "--data", tmp_path / "data.yaml")
+    assert "tokenizer" in told
+    changed = shutil.copytree(memory_run, tmp_path / "changed")
+    text = (changed / "result.json").read_text()
+    (changed / "result.json").write_text(text.replace('"max_bytes": 0', '"max_bytes": 100000'))
+    assert "corpus" in _refused(capsys, "loss", "--checkpoint", changed)
+
+
+@pytest.mark.parametrize("where", ["model", "checkpoints/step-00000300", "."])
+def test_a_run_is_found_from_any_of_its_folders(memory_run: Path, tmp_path: Path, where: str) -> None:
+    record = answer_of("loss", tmp_path, memory_run / where, "--tokens", "1024")
+    assert record["checkpoints"][0]["tokens"] == 300 * 16 * 64
+
+
+def test_every_question_has_its_file_and_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert engram(["eval", "--help"]) == 0
+    told = capsys.readouterr().out
+    root = Path(__file__).parents[2] / "eval"
+    assert {path.stem for path in root.glob("*.py")} - {"__init__"} == set(QUESTIONS)
+    assert all(name in told for name in QUESTIONS)
