@@ -6,7 +6,6 @@ rule that needs a stack: which closer comes next depends on an opener any number
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -14,6 +13,7 @@ from typing import ClassVar
 
 from engram.config import require
 from engram.synthetic.examples import Example
+from engram.synthetic.words import part_of
 
 KINDS = (("(", ")"), ("[", "]"), ("{", "}"), ("<", ">"))
 _TEST_SHARE = 8  # one string in so many is for tests
@@ -23,8 +23,8 @@ _TEST_SHARE = 8  # one string in so many is for tests
 class Brackets:
     """Lines of brackets of `KINDS` that open and close at random, a colon, and the closers of those still open.
 
-    Each closer after the colon is an answer; a guess is one of the four. Depth is the number of them. A line's checksum
-    says whether it is one for training or for tests.
+    Each closer after the colon is an answer; a guess is one of the four. Depth is the number of them. The hash of a
+    line says whether it is one for training or for tests.
     """
 
     name: ClassVar[str] = "brackets"
@@ -64,7 +64,7 @@ class Brackets:
             n_pairs = random.randint(1, (self.length - depth) // 2)
             before, after = _nested(random, depth, n_pairs)
             question = " ".join(before) + " : "
-            if (zlib.crc32(question.encode()) % _TEST_SHARE == 0) == for_test:
+            if (part_of(question, _TEST_SHARE) == 0) == for_test:
                 return question + " ".join(after), len(question)
 
 

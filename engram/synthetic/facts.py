@@ -19,7 +19,7 @@ VALUES = {
     "colour": "red blue green black white brown pink grey gold silver purple orange yellow violet scarlet ivory",
     "animal": "dog cat horse cow wolf bear fox lion goat sheep mouse eagle snake whale tiger rabbit",
     "town": "paris london rome berlin madrid vienna dublin oslo cairo delhi tokyo moscow boston lima prague athens",
-    "trade": "baker smith farmer doctor teacher lawyer painter tailor singer miner sailor driver cook clerk judge guard",
+    "trade": "baker smith farmer doctor teacher lawyer painter tailor singer miner sailor pilot cook clerk judge guard",
 }
 # The entity right before the value, so that the last tokens tell it; or at the start, with the same words after it.
 TEMPLATES = {

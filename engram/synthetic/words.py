@@ -1,12 +1,14 @@
 """Words that synthetic texts are made of: nonce words that nobody has met before, and short common ones.
 
-A nonce word is its number written in syllables, so that words of different numbers differ, and numbers that leave
-different remainders never share a word.
+A nonce word is its number written in syllables, so that words of different numbers differ.
 """
 
 from __future__ import annotations
 
+import hashlib
 from random import Random
+
+from engram.config import require
 
 _CONSONANTS = "bdfgklmnprstvzhj"
 _VOWELS = "aeiou"
@@ -38,11 +40,17 @@ def n_words(syllables: int = 2) -> int:
 
 
 def nonce_words(n: int, random: Random, syllables: int = 2, part: int = 0, parts: int = 1) -> list[str]:
-    """`n` different nonce words; those of part `part` of `parts` share none with those of another part."""
-    places = random.sample(range(part, n_words(syllables), parts), n)
-    return [nonce_word(_scattered(place, n_words(syllables)), syllables) for place in places]
+    """`n` different nonce words of the part `part` (`part_of`). Raises `ConfigError` for more than half of them all."""
+    most = n_words(syllables) // parts // 2
+    require(n <= most, "number of different nonce words", n, f"at most {most:,}")
+    words: dict[str, None] = {}
+    while len(words) < n:
+        word = nonce_word(random.randrange(n_words(syllables)), syllables)
+        if part_of(word, parts) == part:
+            words[word] = None
+    return list(words)
 
 
-def _scattered(place: int, n: int) -> int:
-    """A permutation of 0 .. n - 1, so that parts don't differ in their words' last letter. n is 2^a 5^b."""
-    return place * 1_000_003 % n
+def part_of(text: str, parts: int) -> int:
+    """To which of `parts` kinds a text belongs, by its hash: texts to train on and texts to ask for stay apart."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % parts
