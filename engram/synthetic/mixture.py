@@ -12,9 +12,10 @@ from engram.synthetic.brackets import Brackets
 from engram.synthetic.examples import Example, Task
 from engram.synthetic.facts import Facts
 from engram.synthetic.induction import Induction
+from engram.synthetic.needle import Needle
 from engram.synthetic.recall import Recall
 
-TASKS: dict[str, type] = {task.name: task for task in (Facts, Induction, Recall, Arithmetic, Brackets)}
+TASKS: dict[str, type] = {task.name: task for task in (Facts, Induction, Recall, Arithmetic, Brackets, Needle)}
 
 
 class Portion(NamedTuple):
