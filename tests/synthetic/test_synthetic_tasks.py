@@ -91,7 +91,6 @@ def test_over_a_third_of_the_word_pairs_of_induction_documents_are_repeats() -> 
     assert np.mean(told) > 0.35
 
 
-
 def test_a_query_has_the_value_that_its_key_was_given_and_documents_share_no_table() -> None:
     tables = set()
     for example in Recall().test(90, BYTES, 0):
@@ -189,6 +188,7 @@ def test_a_mixture_has_the_documents_of_its_tasks_in_random_order() -> None:
         assert sorted(texts) == sorted(portion.task.training(5000, 1))
     assert all(text.split(";")[0].count(",") == 2 for task, text in documents if task == "recall")
     assert documents != mixed_documents(portions, 2)
+    assert documents == mixed_documents(read_mixture(dict(reversed(settings.items()))), 1)
     turns = [one[0] != two[0] for one, two in pairwise(documents)]
     assert 0.3 < np.mean(turns) < 0.7
 
