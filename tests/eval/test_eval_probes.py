@@ -141,7 +141,7 @@ def test_what_cannot_be_asked_is_refused(
         ([memory_run], "data.mixture of the first checkpoint is {}: allowed is a mixture"),
         (
             [told_run, "--tasks", "facts", "induction"],
-            "tasks is 'induction': allowed is some of the mixture's: brackets, ",
+            "tasks is 'induction': allowed is some of the mixture's: br",
         ),
         ([told_run, "--examples", "0"], "examples is 0: allowed is 1 or more"),
     ):
