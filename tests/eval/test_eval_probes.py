@@ -105,8 +105,8 @@ def test_times_told_are_those_of_the_texts_of_all_batches(output: Path, told_run
     for step in range(subject.run.samples // data.config.batch_size):
         batch = data.train_batch(step)
         ids = torch.cat([batch["tokens"], batch["targets"][:, -1:]], 1).tolist()
-        for text in data.tokenizer.decode_batch(ids):
-            said.update(text for text in re.split(r"\.\n?", text) if text in sentences)
+        for text in data.tokenizer.decode_batch(ids, skip_special_tokens=False):
+            said.update(text for text in re.split(r"[.\n]|<[|]eos[|]>", text) if text in sentences)
     expected = [sum(said[text] for text in questions_about(fact)) for fact in facts]
     assert times_told(data, facts, subject.run.windows()) == expected
     often = [n for n, fact in zip(expected, facts, strict=True) if fact.exposures == OFTEN]
