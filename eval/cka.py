@@ -164,7 +164,7 @@ def draw(result: Result) -> Any:
     if max(L, R) <= 16:
         for (i, j), value in np.ndenumerate(values):
             ink = "white" if value < 0.6 else "black"
-            ax.text(i, j, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink, alpha=0.7)
+            ax.text(i, j + 0.4, f"{value:.2f}", ha="center", va="top", fontsize=7, color=ink, alpha=0.7)
     seen = [withStroke(linewidth=3.5, foreground="black")]  # on light cells and on dark ones
     itself = [known["value"] for known in result["second_with_itself"]]
     label = f"{result['second']} with itself"
