@@ -41,7 +41,8 @@ most alike to it, weighted by how alike they are. Where it runs above the dashed
 as the second only is some blocks later; if a memory saves a model the first steps, that is what it looks like. The
 dashed line is the second model's alignment with itself, and not simply the diagonal: at both ends the most similar
 blocks can lie on one side only, which draws the centre inwards, all the more the fewer blocks there are. Only what
-lies between the two lines tells of the models.</p>
+lies between the two lines tells of the models. (Where these are not equally deep, the dashed line is stretched over the
+width of the picture.)</p>
 <p>CKA is estimated from minibatches of tokens drawn from all the text, without bias from how few tokens one holds
 (unbiased HSIC). Residual branches count as one wide state: nothing that a later block could read is averaged away,
 and a model whose branches are equal counts as if it had one. Brackets and bands are 95&nbsp;% intervals from

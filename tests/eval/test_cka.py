@@ -99,7 +99,7 @@ def test_independent_states_are_at_zero_where_biased_cka_is_not() -> None:
 
 
 def test_alignment_is_the_weighted_centre_of_the_most_similar() -> None:
-    values = np.array([[0.1, 0.9, 0.3, 0.6, 0.2, 0.0], [0.5, -0.2, -0.1, -0.3, 0.5, -0.4]])
+    values = np.array([[0.1, 0.9, 0.3, 0.6, 0.2, 0.0], [0.5, -0.1, -0.2, -0.3, 0.5, -0.4]])
     assert alignment(values, 1).tolist() == [1, 0]
     assert alignment(values, 2) == pytest.approx([(0.9 + 1.8) / 1.5, 2])
     assert alignment(values, 3) == pytest.approx([(0.9 + 1.8 + 0.6) / 1.8, 2])  # below zero weighs nothing
@@ -173,6 +173,14 @@ def test_the_other_way_round_is_the_transpose_and_a_model_is_like_itself(
     assert own["alignment"] == own["second_with_itself"]
     told = [known["value"] for known in _result(compared)["second_with_itself"]]
     assert [known["value"] for known in own["alignment"]] == pytest.approx(told, rel=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_gives_what_the_cpu_gives(memory_run: Path, experts_run: Path, tmp_path: Path) -> None:
+    pair = (memory_run, "--against", experts_run, "--tokens", "4096", "--device")
+    one, other = (answer_of("cka", tmp_path / device, *pair, device)["result"] for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(one["cka"], other["cka"], rtol=1e-3)
 
 
 def test_the_page_names_the_blocks_that_belong_together(compared: Path) -> None:

@@ -91,6 +91,17 @@ def test_numbers_are_the_same_at_any_batch_size(output: Path, memory_run: Path, 
                 assert two == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_gives_what_the_cpu_gives(memory_run: Path, tmp_path: Path) -> None:
+    answers = [
+        answer_of("lens", tmp_path / device, memory_run, "--tokens", "4096", "--device", device)["result"]
+        for device in ("cpu", "cuda")
+    ]
+    one, other = (next(iter(answer["checkpoints"].values()))["kl"]["all tokens"] for answer in answers)
+    np.testing.assert_allclose([k["value"] for k in one], [k["value"] for k in other], rtol=1e-3, atol=1e-6)
+
+
 def test_models_of_other_depths_stand_side_by_side_without_differences(experts_run: Path, tmp_path: Path) -> None:
     config = open_subjects([experts_run])[0].model.config.to_dict()
     shallow = save_model(EngramLM(ModelConfig.from_dict({**config, "n_layers": 2})), tmp_path / "shallow")
