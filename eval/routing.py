@@ -25,13 +25,13 @@ from engram.backbone import EngramLM
 from engram.config import ConfigError, require
 from engram.experts import MoE
 from engram.pages import BLUE, GREY, ORANGE, table
-from eval import loss
 from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
 from eval.shared.interventions import CHANGES, Change, memories_of, suppressed
 from eval.shared.page import percent
 from eval.shared.progress import shown
 from eval.shared.question import Asked, Question, Result
+from eval.shared.strata import add_options as add_strata_options
 from eval.shared.strata import count_suffixes, stratum_names
 from eval.shared.subjects import Subject
 
@@ -492,7 +492,7 @@ def _table_of_contrasts(answer: dict[str, Any]) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of strata, and how the memory is suppressed."""
-    loss.add_options(parser)
+    add_strata_options(parser)
     parser.add_argument("--layers", nargs="+", default=[], metavar="BLOCK", help="suppress these memories alone")
     parser.add_argument("--suppress", choices=CHANGES, default="zeroed", help="how the memory is suppressed (zeroed)")
 

@@ -25,13 +25,13 @@ from torch import Tensor
 from engram.backbone import token_losses
 from engram.pages import GREY, table
 from engram.training.data import Batch
-from eval import loss
 from eval.loss import Groups, grouped, name_counts, plot_intervals
 from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
 from eval.shared.interventions import CHANGES, Change, memories_of, suppressed
 from eval.shared.page import interval, percent
 from eval.shared.question import Asked, Question, Result
+from eval.shared.strata import add_options as add_strata_options
 from eval.shared.subjects import Subject
 from eval.shared.tasks import Marks, harness_tasks, probes_of
 
@@ -216,7 +216,7 @@ def _place(memory: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of strata, memories and tasks."""
-    loss.add_options(parser)
+    add_strata_options(parser)
     parser.add_argument("--layers", nargs="+", default=[], metavar="BLOCK", help="suppress these memories alone")
     parser.add_argument("--examples", type=int, default=0, help="of each task of the mixture (those of training)")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of lm-evaluation-harness")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from trained import train
+from trained import MIXTURE, train
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +30,6 @@ def branches_run(trained_cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def probes_run(trained_cache: Path) -> Path:
-    """The hybrid, with facts and brackets mixed into its text."""
-    return train("probes", trained_cache)
+def told_run(trained_cache: Path) -> Path:
+    """The hybrid, with a mixture of synthetic tasks in its text."""
+    return train("memory", trained_cache, mixture=MIXTURE)

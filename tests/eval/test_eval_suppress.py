@@ -79,12 +79,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def output(probes_run: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(told_run: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suppress")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(folder / "cache"))
         more = ("--tasks", "words", "--include-path", tasks)
-        answer_of("suppress", folder, probes_run, "--names", "here", "--tokens", str(TOKENS), *more)
+        answer_of("suppress", folder, told_run, "--names", "here", "--tokens", str(TOKENS), *more)
     return folder
 
 
@@ -93,8 +93,8 @@ def result(output: Path) -> dict[str, Any]:
     return json.loads((output / "suppress.json").read_text())["result"]
 
 
-def test_zeroed_is_a_model_built_without_memory_in_every_stratum(probes_run: Path, result: dict[str, Any]) -> None:
-    subject = subject_of(probes_run)
+def test_zeroed_is_a_model_built_without_memory_in_every_stratum(told_run: Path, result: dict[str, Any]) -> None:
+    subject = subject_of(told_run)
     nats, hits, batch = of_tokens(subject.model, subject)
     bare_nats, bare_hits, _ = of_tokens(without(subject.model), subject)
     seen = seen_in_training(subject, 3)
@@ -144,8 +144,8 @@ def decoded_right(model: EngramLM, subject: Subject, text: str, start: int, end:
     return ids[n + 1 :] == wanted[: len(ids) - n - 1]
 
 
-def test_facts_that_are_kept_are_those_that_greedy_decoding_writes(probes_run: Path, result: dict[str, Any]) -> None:
-    subject = subject_of(probes_run)
+def test_facts_that_are_kept_are_those_that_greedy_decoding_writes(told_run: Path, result: dict[str, Any]) -> None:
+    subject = subject_of(told_run)
     data = subject.run.data
     portion = data.config.portions()["facts"]
     examples = [e for e in portion.examples(data.config.probe_examples, data.config.mixture_seed) if not e.control]
@@ -176,16 +176,16 @@ def test_facts_go_with_the_memory_and_brackets_stay(result: dict[str, Any]) -> N
 
 
 def test_a_task_of_the_harness_is_asked_of_the_suppressed_model(
-    probes_run: Path, tasks: Path, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told_run: Path, tasks: Path, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    subject = subject_of(probes_run)
+    subject = subject_of(told_run)
     bare = save_model(without(subject.model), tmp_path / "bare", None, subject.tokenizer)
     found = {}
-    for name, path in (("normal", probes_run), ("zeroed", bare)):
+    for name, path in (("normal", told_run), ("zeroed", bare)):
         harness = EngramHarness(str(path), device="cpu")
         manager = TaskManager(include_path=tasks, include_defaults=False)
         found[name] = simple_evaluate(harness, tasks=["words"], task_manager=manager, bootstrap_iters=0)
@@ -222,7 +222,7 @@ def test_one_memory_of_two_is_suppressed_and_numbers_are_the_same_at_any_batch_s
 
 def test_the_page_tells_what_was_done_and_what_is_kept(output: Path) -> None:
     page = (output / "report.html").read_text()
-    for told in ("memory before block 1", "kept when zeroed", "facts, exposures 64", "words (acc)", "hot: 10 times"):
+    for told in ("memory before block 1", "kept when zeroed", "facts, exposures 200", "words (acc)", "hot: 10 times"):
         assert told in page
 
 

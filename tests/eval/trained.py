@@ -41,16 +41,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "memory": {**_MODEL, **_HYBRID},
     # Two memories and two residual branches: what tells layers and branches apart is seen here alone.
     "branches": {**_MODEL, **_HYBRID, "branches": 2, "memory": {**_HYBRID["memory"], "layers": [0, 2]}},
-    "probes": {**_MODEL, **_HYBRID},
 }
-# Few facts, told often, and brackets, of which such a model learns something too.
-DATA: dict[str, dict[str, Any]] = {
-    "probes": {"mixture": {"facts": {"bytes": 150_000, "exposures": [64, 128]}, "brackets": 60_000}}
-}
+# Some facts told often enough, and brackets, of which such a model learns something too.
+OFTEN, FACTS_BYTES = 200, 200_000
+MIXTURE = {"facts": {"bytes": FACTS_BYTES, "exposures": [1, OFTEN]}, "brackets": 100_000, "recall": 20_000}
 
 
-def train(name: str, cache: Path) -> Path:
-    """The folder of a trained model's run: from the cache, or trained now (about ten seconds)."""
+def train(name: str, cache: Path, **data_settings: Any) -> Path:
+    """The folder of a trained model's run: from the cache, or trained now (about ten seconds). Settings are of data."""
     data = {
         "source": "files",
         "files": [str(_texts(cache, "train", ("email", "asyncio", "http", "logging", "unittest")))],
@@ -61,7 +59,7 @@ def train(name: str, cache: Path) -> Path:
         "batch_size": BATCH,
         "val_tokens": 16 * 1024,
         "cache_dir": str(cache / "data"),
-        **DATA.get(name, {}),
+        **data_settings,
     }
     settings = {
         "seed_everything": 0,
