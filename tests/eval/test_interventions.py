@@ -141,7 +141,7 @@ def test_all_rows_of_a_head_change_places_and_heads_differ() -> None:
     images = read[0][0]
     for h, size in enumerate(sizes.tolist()):
         assert sorted((images[:size, h] - offsets[h]).tolist()) == list(range(size))
-    assert len({tuple(column) for column in (images - offsets)[:50].T.tolist()}) == len(sizes)
+    assert len(set((images - offsets)[0].tolist())) == len(sizes)
 
     # A copy whose rows have changed places, one by one.
     ids, documents = text()
