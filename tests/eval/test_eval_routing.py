@@ -276,3 +276,21 @@ def test_models_without_experts_and_bad_options_are_named(
     assert "layers is '2': allowed is one of the memories of 'a': 1" in refused(memory_run, "--layers", "2")
     assert "hot-from is 1" in refused(memory_run, "--hot-from", "1")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_routing_is_the_same_on_a_gpu_and_still_nothing_changes_below_the_memory(
+    branches_run: Path, tmp_path: Path
+) -> None:
+    some = ("--tokens", str(TOKENS), "--layers", "2", "--names", "here")
+    one, other = (
+        answer_of("routing", tmp_path / device, branches_run, *some, "--device", device)["result"]["checkpoints"][
+            "here"
+        ]
+        for device in ("cpu", "cuda")
+    )
+    for a, b in zip(one["layers"], other["layers"], strict=True):
+        np.testing.assert_allclose(a["load"], b["load"], atol=10)  # near ties
+        assert a["changed"]["all"]["value"] == pytest.approx(b["changed"]["all"]["value"], abs=5e-3)
+    assert other["layers"][0]["changed"]["all"]["value"] == 0

@@ -253,3 +253,15 @@ def test_what_cannot_be_asked_is_named(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "engram-moe[eval]" in refused(memory_run, "--tasks", "words", "--include-path", tasks)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_losses_without_the_memory_are_the_same_on_a_gpu(told_run: Path, tmp_path: Path) -> None:
+    one, other = (
+        answer_of("suppress", tmp_path / device, told_run, "--names", "here", "--tokens", "4096", "--device", device)
+        for device in ("cpu", "cuda")
+    )
+    for change in ("normal", "zeroed", "shuffled"):
+        nats = [[v["value"] for v in each["result"]["checkpoints"]["here"][change]["nats"]] for each in (one, other)]
+        np.testing.assert_allclose(*nats, rtol=1e-3)
