@@ -115,15 +115,13 @@ def _of_groups(groups: Groups, scores: dict[Change | None, NDArray[np.float64]])
 
 def _of_task(marks: Sequence[Marks]) -> dict[str, Any]:
     """Accuracy in a task as the model is and under each change, in the order of `CHANGES`."""
-    first = marks[0]
-    known = (
-        sums_by_document(first.question, np.stack([np.ones(len(first.right)), *(each.right for each in marks)], -1))
-        if len(first.right)
-        else np.zeros((1, 1 + len(marks)))
-    )
-    n = len(marks)
-    accuracy = ratios(known[:, 1:], np.repeat(known[:, :1], n, 1))
-    kept = ratios(known[:, 1:], np.repeat(known[:, 1:2], n, 1))
+    first, n = marks[0], len(marks)
+    each = np.stack([np.ones(len(first.right)), *(mark.right for mark in marks)], -1)
+    sums = sums_by_document(
+        first.question, each
+    )  # of each question: answers, and how many of them were right each time
+    accuracy = ratios(sums[:, 1:], np.repeat(sums[:, :1], n, 1))
+    kept = ratios(sums[:, 1:], np.repeat(sums[:, 1:2], n, 1))
     return {
         "task": first.task,
         "group": first.group,

@@ -78,7 +78,7 @@ def harness_tasks(
 
     `limit`: questions of each at most (0: all). Of a task's metrics those are told that mark single questions from 0 to
     1 and are better the higher they are. Raises `ConfigError` where the harness is not installed, for tasks that it has
-    not, and for a checkpoint that it can't be asked of.
+    not, and for a checkpoint that it can't be asked of; when called, for a task without such a metric.
     """
     require(limit >= 0, "limit", limit, "1 or more (0: all questions)")
     if not names:
@@ -121,6 +121,8 @@ def harness_tasks(
                     told = metric if among == "none" else f"{metric}, {among}"
                     question = np.array([sample["doc_id"] for sample in own])
                     found.append(Marks(task, "", told, np.nan, np.array(values, np.float64), question))
+            if task not in (each.task for each in found):
+                raise ConfigError(f"task {task!r} has no metric that marks single questions from 0 to 1")
         return found
 
     return mark

@@ -75,6 +75,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
         "doc_to_target: '{{answer}}'\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
+    (folder / "texts.yaml").write_text(
+        f"task: texts\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{folder}/words.jsonl'}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{question}}'\n"
+        "metric_list: [{metric: bits_per_byte}]\n"
+    )
     return folder
 
 
@@ -237,7 +242,7 @@ def test_what_cannot_be_asked_is_named(
     from lm_eval.tasks import TaskManager
 
     def refused(*args: str | Path) -> str:
-        command = ["eval", "suppress", "--output", tmp_path, "--names", "a", "--checkpoint", *args]
+        command = ["eval", "suppress", "--output", tmp_path / "out", "--names", "a", "--checkpoint", *args]
         assert engram(list(map(str, command))) == 2
         told = capsys.readouterr().err.strip().splitlines()[-1]
         assert told.startswith("error: ")
@@ -250,9 +255,12 @@ def test_what_cannot_be_asked_is_named(
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # or it takes long
     assert "tasks is 'no_task'" in refused(memory_run, "--tasks", "no_task")
     assert "include-path is '/nowhere'" in refused(memory_run, "--tasks", "words", "--include-path", "/nowhere")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    texts = ("--tasks", "texts", "--include-path", tasks, "--tokens", "256")
+    assert "'texts' has no metric" in refused(memory_run, *texts)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "engram-moe[eval]" in refused(memory_run, "--tasks", "words", "--include-path", tasks)
-    assert not any(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu
