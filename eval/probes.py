@@ -129,8 +129,8 @@ def _by_times_told(
     place = np.array([dict(example.group)["place"] for example in examples])[question]
     groups = {
         ((_REALLY, name), ("place", where)): (level == i) & (place == where)
-        for where in dict.fromkeys(place.tolist())
         for i, name in names.items()
+        for where in dict.fromkeys(place.tolist())
     }
     return {group: who for group, who in groups.items() if who.any()}
 
