@@ -149,7 +149,7 @@ def _mixed(table: Any, mixture: Sequence[Document], domains: tuple[str, ...], sc
                 yield _row(document, domains)
             taken = upto
 
-    return _written_table(rows, "train_mixed", scratch)
+    return _written_table(rows, "train-mixed", scratch)
 
 
 def _row(document: Document, domains: tuple[str, ...]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _written_table(rows: Callable[[], Iterator[dict[str, Any]]], name: str, scra
         text=datasets.Value("large_string"), domain=datasets.Value("uint8"), bytes=datasets.Value("int64")
     )
     return datasets.Dataset.from_generator(
-        rows, features=features, cache_dir=str(scratch), fingerprint=f"documents-{name}", split=name
+        rows, features=features, cache_dir=str(scratch), fingerprint=f"documents-{name}", split=name.replace("-", "_")
     )
 
 
