@@ -2,8 +2,8 @@
 
     python -m eval.probes --checkpoint RUN [--against RUN] [--tasks facts recall] [--examples 500]
 
-Questions are those of `engram.synthetic`, which the training documents do not answer word for word; facts are also told
-apart by how often the run was really told them.
+Questions are those of `engram.synthetic`: facts as they were told, all else in texts that are in no training document.
+Facts are also told apart by how often the run was really told them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ from eval.shared.proportions import proportion
 from eval.shared.question import Asked, Question, Result
 from eval.shared.subjects import Subject
 
-_ABOUT = """<p>Documents of synthetic tasks were mixed into the training text, and each checkpoint is asked questions
-that those documents don't answer word for word. <b>Facts</b>: which of 16 values a made-up entity has, told a known
-number of times; the entity's name stands right before the value (near), or a sentence earlier (far); its family name is
-its own, or shared with three others. Entities that were told of 0 times are a control: nobody can know them.
+_ABOUT = """<p>Documents of synthetic tasks were mixed into the training text, and each checkpoint is asked about them.
+<b>Facts</b>, asked as they were told: which of 16 values a made-up entity has, told a known number of times; its name
+stands right before the value (near), or a sentence earlier (far); its family name is its own, or shared with three others. Entities that were told of 0 times are a control: nobody can know them.
 <b>Induction</b>: a stretch of random words comes again and is to be copied. <b>Recall</b>: keys with values, then the
 keys in another order. <b>Arithmetic</b>: modular addition, of pairs of numbers that were trained on and of pairs that
 never were. <b>Brackets</b>: closers of what is still open. An answer is right if the model would write all of it by
