@@ -51,7 +51,7 @@ class Score(NamedTuple):
 
 
 def questions_of(examples: Sequence[Example], tokenizer: Tokenizer, eos: int) -> list[Question]:
-    """Examples as a model reads them. Raises `ConfigError` for an answer of which a token holds other text too."""
+    """Examples as a model reads them. Raises `ConfigError` for an answer without tokens, or one that shares a token."""
     tokenizer.encode_special_tokens = True
     encodings = tokenizer.encode_batch([example.text for example in examples], add_special_tokens=False)
     questions = []
@@ -68,6 +68,8 @@ def _span(text: str, answer: tuple[int, int], offsets: Sequence[tuple[int, int]]
     """
     start, end = answer
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+    if not inside:
+        raise ConfigError(f"answer {text[start:end]!r}: the tokenizer has no token for it")
     first, last = offsets[inside[0]][0], offsets[inside[-1]][1]
     if (text[first:start] + text[end:last]).strip():
         raise ConfigError(f"answer {text[start:end]!r}: the tokenizer joins it with other text: {text[first:last]!r}")
@@ -102,9 +104,8 @@ def ask(
                 tokens += [(row, t - 1, questions[i].ids[t], number) for t in range(first, end)]
         documents = (torch.arange(ids.shape[1]) > 0).long().expand(ids.shape)  # the end of text ends one of its own
         hidden = model.run(ids.to(device), documents.to(device)).hidden
-        for some in (
-            torch.tensor(tokens, dtype=torch.int64, device=device).reshape(len(tokens), 4).split(_TOKENS_AT_ONCE)
-        ):
+        chosen = torch.tensor(tokens, dtype=torch.int64, device=device).reshape(len(tokens), 4)
+        for some in chosen.split(_TOKENS_AT_ONCE):
             row, place, target, answer = some.T
             logits = widen(model.logits(hidden[row, place]))
             nats = logits.logsumexp(-1) - logits.gather(1, target.unsqueeze(1)).squeeze(1)

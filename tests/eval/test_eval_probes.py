@@ -63,7 +63,7 @@ def test_groups_and_differences_are_those_of_plain_loops(output: Path, told_run:
         examples = portion.examples(200, 0)
         rights: dict[str, list[tuple[dict[str, str], bool, bool]]] = {}
         for subject in subjects:
-            found = probes.ask(subject.model, probes.questions_of(examples, data.tokenizer, 1), 1)
+            found = probes.ask(subject.model, probes.questions_of(examples, data.tokenizer, 1), 16)
             rights[subject.name] = [
                 ({k: str(v) for k, v in examples[q].group}, examples[q].control, bool(right))
                 for q, right in zip(found.question, found.right, strict=True)
