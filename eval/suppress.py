@@ -44,10 +44,11 @@ the gate lets it in; rows that were hardly ever trained say next to nothing, and
 <p>Losses are in nats a token, and their increase is taken on the same tokens. <b>Hits</b> are tokens that the model
 would have guessed: the likeliest one is right. <b>Kept</b> is the share of the hits, or of a task's accuracy, that is
 left: 100&nbsp;% if the memory was not needed, and above if it was in the way. In the paper, at 27 billion parameters
-without its memory, factual questions keep 29 to 44&nbsp;% and reading comprehension 81 to 93&nbsp;%. A guess keeps as
-much as it is worth: see the column of chance. Brackets and bars hold 95&nbsp;% intervals from drawing documents, or a
-task's questions, again; where nothing is left of any question they have no width, however few questions there
-were.</p>"""
+without its memory, factual questions keep 29 to 44&nbsp;% and reading comprehension 81 to 93&nbsp;%. Where a model is
+no better than a guess to begin with, there is nothing to keep, and nothing is told of it; a guess that is worth
+something keeps what it is worth: see the column of chance. Brackets and bars hold 95&nbsp;% intervals from drawing
+documents, or a task's questions, again; where nothing is left of any question they have no width, however few questions
+there were.</p>"""
 
 
 def measure(asked: Asked) -> Result:
@@ -141,7 +142,10 @@ def draw(result: Result) -> Any:
     """By how much losses rise, against how often the suffix was seen; and what is kept, by group and task."""
     groups, answers = result["groups"], result["checkpoints"]
     told = [i for i, group in enumerate(groups) if group["kind"] in _KINDS]
-    tasks = list(dict.fromkeys(_task_name(task) for answer in answers.values() for task in answer["tasks"]))
+    known = {
+        name: {_task_name(task): task for task in answer["tasks"] if _able(task)} for name, answer in answers.items()
+    }
+    tasks = list(dict.fromkeys(task for own in known.values() for task in own))
     rows = [groups[i]["name"] for i in told] + tasks
     height = max(4.6, 1.4 + 0.17 * len(rows) * max(2, len(answers)))
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, height), layout="constrained", width_ratios=(1, 1.15))
@@ -152,12 +156,12 @@ def draw(result: Result) -> Any:
         style = {"color": colour, "label": f"{name}, {change}", **_STYLES[change]}
         plot_intervals(left, [answer[change]["difference"][i] for i in counts], **style)
         kept = {groups[i]["name"]: answer[change]["retained"][i] for i in told}
-        kept |= {_task_name(task): task[change]["retained"] for task in answer["tasks"]}
+        kept |= {task: each[change]["retained"] for task, each in known[name].items()}
         for row, what in enumerate(rows):
-            known = kept.get(what)
-            if known is not None and known["value"] is not None:
+            share = kept.get(what)
+            if share is not None and share["value"] is not None:
                 y = row + 0.7 * ((lane + 0.5) / len(lanes) - 0.5)
-                value, low, high = (np.nan if v is None else 100 * v for v in known.values())
+                value, low, high = (np.nan if v is None else 100 * v for v in share.values())
                 ends = [[max(value - low, 0)], [max(high - value, 0)]]
                 right.errorbar(value, y, xerr=ends, color=colour, ms=4, capsize=1.5, **_STYLES[change])
     name_counts(left, result)
@@ -173,6 +177,12 @@ def draw(result: Result) -> Any:
     right.set_xlim(left=min(0, right.get_xlim()[0]))
     right.set_xlabel("kept, % of the hits (text) or of the accuracy (tasks)")
     return figure
+
+
+def _able(task: dict[str, Any]) -> bool:
+    """Whether a model is better than a guess in a task before anything is done to it, as far as that is known."""
+    low = task["normal"]["accuracy"]["low"]
+    return task["chance"] is None or (low is not None and low > task["chance"])
 
 
 def _task_name(task: dict[str, Any]) -> str:
@@ -202,7 +212,7 @@ def tables(result: Result) -> str:
             cells = [html.escape(_task_name(task)), f"{task['answers']:,}"]
             cells.append("–" if task["chance"] is None else f"{100 * task['chance']:.1f} %")  # noqa: RUF001
             cells += [percent(task[state]["accuracy"]) for state in ("normal", *CHANGES)]
-            rows.append(cells + [percent(task[change]["retained"]) for change in CHANGES])
+            rows.append(cells + [percent(task[change]["retained"]) if _able(task) else "a guess" for change in CHANGES])
         if rows:
             parts.append(table(["task", "answers", "chance", "right", *CHANGES, *kept], rows))
     return "\n".join(parts)

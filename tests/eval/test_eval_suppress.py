@@ -1,6 +1,7 @@
 """What is told of a suppressed memory: against models that were built without it, plain loops, and greedy decoding."""
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -229,6 +230,16 @@ def test_the_page_tells_what_was_done_and_what_is_kept(output: Path) -> None:
     page = (output / "report.html").read_text()
     for told in ("memory before block 1", "kept when zeroed", "facts, exposures 200", "words (acc)", "hot: 10 times"):
         assert told in page
+
+
+def test_of_what_a_model_never_could_nothing_is_said_to_be_kept(output: Path, result: dict[str, Any]) -> None:
+    tasks = {(task["task"], task["group"]): task for task in result["checkpoints"]["here"]["tasks"]}
+    recall = tasks["recall", ""]
+    assert recall["normal"]["accuracy"]["high"] < recall["chance"]
+    rows = re.findall("<tr><td>(.*?)</td>(.*?)</tr>", (output / "report.html").read_text())
+    told = dict(rows)
+    assert told["recall"].count("<td>a guess") == 2
+    assert "a guess" not in told["facts"] + told["brackets"] + told["words (acc)"]
 
 
 def test_what_cannot_be_asked_is_named(
