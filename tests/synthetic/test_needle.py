@@ -44,7 +44,7 @@ COUNTS = {"bytes": len, "bpe": counter("bpe"), "words": counter("words")}
 
 
 def solve(text: str) -> tuple[str, list[str]]:
-    """What follows a text up to its question mark, as somebody writes who can read: all of it, and the answers in it."""
+    """What follows a text up to its question mark, by somebody who can read: all of it, and the answers in it."""
     haystack, question = text.rstrip("?").rsplit("\n", 1)
     found = NEEDLE.findall(haystack)
     told = [(key, number) for key, number, *_ in found if key]
