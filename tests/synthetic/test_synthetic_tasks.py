@@ -66,20 +66,30 @@ def test_answers_are_words_in_order_and_the_last_one_ends_the_text(name: str) ->
             assert example.text[end : end + 1] in ("", " ")
 
 
-def test_a_copy_is_told_by_the_word_before_and_its_words_are_in_no_training_document() -> None:
+def test_a_copy_is_told_by_the_word_before_and_nonce_words_of_tests_are_in_no_training_document() -> None:
     task = Induction()
     trained = {word for text in task.training(BYTES, 0) for word in text.split()}
-    gaps = set()
+    groups = set()
     for example in task.test(60, BYTES, 0):
         words = example.text.split()
-        assert not trained & set(words)
-        copied = words[len(words) - len(answers(example)) :]
-        assert answers(example) == copied
-        for i in range(len(words) - len(copied), len(words)):
-            assert words[words.index(words[i - 1]) + 1] == words[i]
-        gaps.add(len(words) - 2 * task.segment - words.index(words[-task.segment]))
-        assert example.group == (("gap", len(words) - 2 * task.segment - words.index(words[-task.segment])),)
-    assert gaps == set(task.gaps)
+        stretch = words[-task.longest :]
+        first = words.index(stretch[0])
+        assert words[first : first + task.longest] == stretch
+        assert answers(example) == stretch[1:]
+        assert len(set(words)) == len(words) - task.longest == round(1 / example.chance)
+        assert example.group[0] == ("gap", len(words) - 2 * task.longest - first)
+        assert trained.isdisjoint(words) == (example.group[1] == ("words", "nonce"))
+        groups.add(example.group)
+    assert len(groups) == 6
+
+
+def test_over_a_third_of_the_word_pairs_of_induction_documents_are_repeats() -> None:
+    told = []
+    for text in Induction().training(BYTES, 0):
+        pairs = list(pairwise(text.split()))
+        told.append(sum(pair in pairs[:i] for i, pair in enumerate(pairs)) / len(pairs))
+    assert np.mean(told) > 0.35
+
 
 
 def test_a_query_has_the_value_that_its_key_was_given_and_documents_share_no_table() -> None:
@@ -194,7 +204,9 @@ def test_a_mixture_has_the_documents_of_its_tasks_in_random_order() -> None:
         ({"facts": {"bytes": 100, "exposures": [2, 2]}}, r"facts.exposures is \(2, 2\)"),
         ({"facts": {"bytes": 100, "document_bytes": 0}}, "facts.document_bytes is 0"),
         ({"recall": {"bytes": 100, "pairs": [1]}}, r"recall.pairs is \(1,\)"),
-        ({"induction": {"bytes": 100, "n_words": 7}}, "induction.n_words is 7: allowed is 18"),
+        ({"induction": {"bytes": 100, "longest": 2}}, "induction.longest is 2: allowed is 3"),
+        ({"recall": {"bytes": 100, "rounds": 0}}, "recall.rounds is 0"),
+        ({"induction": {"bytes": 100, "n_words": 7}}, "induction.n_words is 7: allowed is 24, "),
         ({"arithmetic": {"bytes": 100, "modulus": 27}}, "arithmetic.modulus is 27: allowed is 3 to 26"),
         ({"arithmetic": {"bytes": 100, "held_out": 1.0}}, "arithmetic.held_out is 1.0"),
         ({"brackets": {"bytes": 100, "length": 7}}, "brackets.length is 7: allowed is 8"),

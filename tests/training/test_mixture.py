@@ -16,6 +16,24 @@ from engram.training.tokens import TokenFile
 TEXTS = [f"document {i} tells of {' and '.join(str(i * j) for j in range(1, 3 + i % 9))}\n" for i in range(300)]
 MIXTURE = {"facts": 30_000, "recall": {"bytes": 3_000, "pairs": [3]}}
 CONFIGS = Path(__file__).parents[2] / "configs"
+# A plan of which version 0.1.0 made the points that a test names.
+PLAN = {
+    "name": "test",
+    "model": {
+        "vocab_size": 300,
+        "d_model": 32,
+        "n_layers": 2,
+        "attention": {"kind": "gqa", "n_heads": 2, "n_kv_heads": 2, "head_dim": 16},
+        "dense_width": 64,
+        "max_seq_len": 32,
+        "experts": {"n_experts": 32, "top_k": 2, "width": 16, "shared_width": 96},
+        "memory": {"layers": [1], "n_heads": 2, "row_width": 8, "eos_id": 1},
+    },
+    "rho": [0.0, 0.5, 1.0],
+    "seeds": [0, 1],
+    "tokens": 1024,
+    "evaluations": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +67,11 @@ def test_data_without_a_mixture_is_what_it_was_before_there_were_any(folder: Pat
         assert plain.folder == data(folder).folder
 
 
-def test_points_of_plans_without_a_mixture_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(CONFIGS.parent)
-    points = SweepPlan.load("configs/sweeps/large.yaml").points()
-    assert [point.fingerprint for point in points[:3]] == ["376ad7fa", "5555e44a", "96686167"]
+def test_points_of_plans_without_a_mixture_keep_their_names() -> None:
+    """Names of version 0.1.0."""
+    plan = {**PLAN, "data": {"vocab_size": 300, "seq_len": 32, "batch_size": 4, "mixture": {}, "probe_examples": 7}}
+    points = build_config(SweepPlan, {**plan, "variants": {}}).points()
+    assert [point.fingerprint for point in points[:3]] == ["cdf2e3c9", "c01c0d41", "d65c5225"]
     assert not {"mixture", "mixture_seed", "probe_examples"} & points[0].run_settings["data"]["config"].keys()
 
 

@@ -164,10 +164,6 @@ def test_a_run_on_a_mixture_is_asked_at_each_validation(train: Train) -> None:
     assert all(splits["train"][name]["bytes"] > 0 == splits["validation"][name]["bytes"] for name in MIXTURE)
 
 
-def test_a_run_without_a_mixture_is_asked_nothing(train: Train) -> None:
-    assert not any("probe" in name for entry in train().result["history"] for name in entry)
-
-
 def test_a_resumed_run_is_asked_the_same(train: Train, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"data__config__mixture": MIXTURE, "data__config__probe_examples": 10}
     whole = train("whole", **settings)
