@@ -91,7 +91,6 @@ def test_over_a_third_of_the_word_pairs_of_induction_documents_are_repeats() -> 
     assert np.mean(told) > 0.35
 
 
-
 def test_a_query_has_the_value_that_its_key_was_given_and_documents_share_no_table() -> None:
     tables = set()
     for example in Recall().test(90, BYTES, 0):
