@@ -108,6 +108,7 @@ class Needle:
         return [random.random() for _ in range(self.n_answers(kind))]
 
     def _puzzle(self, kind: str, depths: Sequence[float], random: Random, part: int) -> Puzzle:
+        require(kind in _KINDS, "kind", kind, "one of " + ", ".join(_KINDS))
         require(len(depths) == self.n_answers(kind), "depths", depths, f"{self.n_answers(kind)} of them")
         keys = nonce_words(2 * self.needles, random, part=part, parts=2)
         first = 10 ** (self.digits - 1)
