@@ -28,9 +28,9 @@ class Brackets:
     """
 
     name: ClassVar[str] = "brackets"
-    depths: tuple[int, ...] = (1, 2, 3, 4, 6)
-    length: int = 12  # brackets before the colon, at most
-    lines: int = 5
+    depths: tuple[int, ...] = (1, 2, 4, 8, 12)
+    length: int = 24  # brackets before the colon, at most
+    lines: int = 3
 
     def __post_init__(self) -> None:
         good = len(self.depths) > 0 and min(self.depths) >= 1

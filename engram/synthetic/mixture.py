@@ -30,13 +30,13 @@ class Portion(NamedTuple):
 
 
 def read_mixture(settings: Mapping[str, Any], where: str = "mixture") -> dict[str, Portion]:
-    """The portions that settings name, those of 0 bytes left out.
+    """The portions that settings name, by name, those of 0 bytes left out.
 
     A task's value is its number of bytes, or a mapping of `bytes` and the task's own settings. Raises `ConfigError`
     naming a task or setting that there isn't, with `where` before it.
     """
     portions = {}
-    for name, value in settings.items():
+    for name, value in sorted(settings.items()):  # however the settings were written, the documents are the same
         require(name in TASKS, f"unknown task {where}.{name}", value, "one of " + ", ".join(TASKS))
         own = dict(value) if isinstance(value, Mapping) else {"bytes": value}
         n_bytes = own.pop("bytes", 0)
