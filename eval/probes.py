@@ -101,9 +101,9 @@ def groups_of(examples: Sequence[Example], question: NDArray[np.int64]) -> Membe
     for each in dict.fromkeys([*names, tuple(_axes(examples))]):
         for example in dict.fromkeys(tuple(own[name] for name in each) for own in values):
             who = np.array([tuple(own[name] for name in each) == example for own in values])[question]
-            # Controls are told of by their number of exposures alone: they would blur what else is told.
+            # Controls are told of where there is nothing else: they would blur what else is told.
             group = tuple((name, str(value)) for name, value in zip(each, example, strict=True))
-            groups[group] = who if "exposures" in each else who & known
+            groups[group] = who & known if (who & known).any() else who
     return groups
 
 

@@ -51,17 +51,17 @@ class Arithmetic:
             yield text
 
     def test(self, n: int, n_bytes: int, seed: int) -> Sequence[Example]:
-        """Pairs that were seen in training, and as many that were not, each after two other lines of training pairs."""
+        """Pairs that were held out, and as many of training as a control, each after two lines of training pairs."""
         (seen, held_out), random = self.pairs(seed), Random(f"arithmetic test {seed}")
         examples = []
-        for group, pairs in (("seen", seen), ("held out", held_out)):
+        for group, pairs, control in (("seen", seen, True), ("held out", held_out, False)):
             for _ in range(-(-n // 2)):
                 a, b = random.choice(pairs)
                 others = [pair for pair in seen if sum(pair) % self.modulus != (a + b) % self.modulus]
                 before = "".join(self._line(*random.choice(others)) for _ in range(2))
                 text = (before + self._line(a, b)).rstrip("\n")
                 start = text.rindex(" ") + 1
-                examples.append(Example(text, ((start, len(text)),), (("pair", group),), 1 / self.modulus))
+                examples.append(Example(text, ((start, len(text)),), (("pair", group),), 1 / self.modulus, control))
         return examples
 
     def _line(self, a: int, b: int) -> str:

@@ -14,8 +14,8 @@ class Example(NamedTuple):
 
     answers: spans of characters in `text`, first to one past the last, in order; a model is to predict each from all
     that stands before it. group: what accuracies are told apart by, such as `(("exposures", 4),)`. chance: share of its
-    answers that somebody gets right who knows the format and guesses. control: whether nothing in the training
-    documents or the text tells the answers, so that no model does better than chance.
+    answers that somebody gets right who knows the format and guesses. control: left out of the task's score, as its
+    answers are no matter of the ability: nobody can know them, or training told them word for word.
     """
 
     text: str

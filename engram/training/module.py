@@ -224,7 +224,7 @@ class LitEngramLM(lightning.LightningModule):
         self.log_dict(values, prog_bar=False)
 
     def _probe(self) -> dict[str, Tensor]:
-        """Of each task of the mixture the share of right answers, and nats an answer; controls are not asked."""
+        """Of each task of the mixture the share of right answers, and nats an answer, controls left out."""
         data, trainer = self.data, self.trainer
         values = {}
         for name, portion in data.config.portions().items():
