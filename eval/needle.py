@@ -40,7 +40,9 @@ set to a number, directly or by way of each other, beside a second such chain (v
 training. An answer is right if the model would write all of it by itself, after the right answers before it. Lengths
 are in tokens, and in multiples of the length that the first checkpoint was trained on. Brackets hold 95&nbsp;% Wilson
 intervals, in which all answers to one text count as one trial; a cell of the picture has one answer a text at most.
-Chance is a guess among all that is hidden; with a single needle, among all numbers.</p>"""
+Chance is a guess among all that is hidden; with a single needle, among all numbers. Columns that say YaRN are of a
+checkpoint whose positions were extended for this question, without training: its rotary channels that never turned
+once in training turn slower, so that they stay within angles that they know (arXiv:2309.00071).</p>"""
 
 
 class Asking(NamedTuple):
@@ -180,7 +182,7 @@ def draw(result: Result) -> Any:
     askings, answers, depths = result["askings"], result["checkpoints"], result["depths"]
     kinds = list(dict.fromkeys(asking["kind"] for asking in askings))
     lengths = list(dict.fromkeys(asking["length"] for asking in askings))
-    size = (1.6 + (0.8 + 0.62 * len(lengths)) * len(answers), 0.9 + (0.7 + 0.24 * len(depths)) * len(kinds))
+    size = (1.6 + (0.8 + 0.62 * len(lengths)) * len(answers), 0.9 + (0.4 + 0.19 * len(depths)) * len(kinds))
     figure, axes = plt.subplots(
         len(kinds), len(answers), figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
     )
@@ -202,7 +204,9 @@ def draw(result: Result) -> Any:
             if column == 0:
                 ax.set_ylabel(f"{_spoken(kind)}\ndepth", fontsize=8)
     figure.supxlabel("length in tokens", fontsize=8)
-    figure.colorbar(image, ax=axes, label="right answers", shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("right answers", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return figure
 
 

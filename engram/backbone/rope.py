@@ -25,7 +25,7 @@ def frequencies(dim: int, theta: float, yarn: YarnConfig | None, device: torch.d
     if yarn is None:
         return own
     first, last = (_turning(n, dim, theta, yarn.original_max_seq_len) for n in (yarn.beta_fast, yarn.beta_slow))
-    first, last = max(math.floor(first), 0), min(math.ceil(last), dim - 1)
+    first, last = max(math.floor(first), 0), min(math.ceil(last), dim - 1)  # whole, and so bounded, as YaRN's own code
     pair = torch.arange(dim // 2, device=device, dtype=torch.float32)
     slowed = ((pair - first) / max(last - first, 0.001)).clamp(0, 1)
     return own.lerp(own / yarn.factor, slowed)

@@ -6,7 +6,6 @@ that are set to each other in a chain. Keys are nonce words, and those of tests 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -109,6 +108,7 @@ class Needle:
         return [random.random() for _ in range(self.n_answers(kind))]
 
     def _puzzle(self, kind: str, depths: Sequence[float], random: Random, part: int) -> Puzzle:
+        require(kind in _KINDS, "kind", kind, "one of " + ", ".join(_KINDS))
         require(len(depths) == self.n_answers(kind), "depths", depths, f"{self.n_answers(kind)} of them")
         keys = nonce_words(2 * self.needles, random, part=part, parts=2)
         first = 10 ** (self.digits - 1)
@@ -178,19 +178,18 @@ def _listed(question: str, answers: Sequence[str]) -> list[str]:
 
 def _filled(puzzle: Puzzle, length: int, count: Callable[[str], int], random: Random) -> Example | None:
     """With as many sentences about nothing as there is room for; None if there is none for the question alone."""
-    noise: list[str] = []
-
-    def fits(n: int) -> bool:
-        noise.extend(_about_nothing(random) for _ in range(n - len(noise)))
-        return count(_written(puzzle, noise[:n]).text) <= length
-
-    if not fits(0):
+    room, noise = length - count(_written(puzzle, []).text), []
+    if room < 0:
         return None
-    too_many = 1
-    while fits(too_many):
-        too_many *= 2
-    n = bisect_left(range(1, too_many), True, key=lambda n: not fits(n))
-    return _written(puzzle, noise[:n])
+    while room > 0:
+        noise.append(_about_nothing(random))
+        room -= count(" " + noise[-1])
+    # Tokens of parts need not add up to those of the whole, which decides.
+    while noise and count(_written(puzzle, noise).text) > length:
+        noise.pop()
+    while count(_written(puzzle, more := [*noise, _about_nothing(random)]).text) <= length:
+        noise = more
+    return _written(puzzle, noise)
 
 
 def _written(puzzle: Puzzle, noise: Sequence[str]) -> Example:

@@ -44,7 +44,7 @@ COUNTS = {"bytes": len, "bpe": counter("bpe"), "words": counter("words")}
 
 
 def solve(text: str) -> tuple[str, list[str]]:
-    """What follows a text up to its question mark, as somebody writes who can read: all of it, and the answers in it."""
+    """What follows a text up to its question mark, by somebody who can read: all of it, and the answers in it."""
     haystack, question = text.rstrip("?").rsplit("\n", 1)
     found = NEEDLE.findall(haystack)
     told = [(key, number) for key, number, *_ in found if key]
@@ -167,6 +167,8 @@ def test_a_length_that_cannot_hold_the_question_is_refused_with_one_that_can() -
         assert len(TASK.retrieval(kind, depths, least, len, Random(0)).example.text) == least
     with pytest.raises(ConfigError, match=r"depths is \(0.5,\): allowed is 4 of them"):
         TASK.retrieval("multi_query", [0.5], 800, len, Random(0))
+    with pytest.raises(ConfigError, match="kind is 'multi': allowed is one of single"):
+        TASK.retrieval("multi", [0.5] * 4, 800, len, Random(0))
 
 
 class Reader:
