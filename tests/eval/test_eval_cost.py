@@ -40,8 +40,8 @@ def ids_of(sequences: int) -> torch.Tensor:
 
 
 def elementwise(config: ModelConfig) -> int:
-    """FLOPs of a token that torch's counter has no rule for: weighting experts, gates, convolutions, and what reads from
-    branches and writes to them."""
+    """FLOPs of a token that torch's counter has no rule for: weighting experts, gates, convolutions, what reads from
+    branches, and what writes to them."""
     assert config.experts is not None
     D, M = config.d_model, config.branches
     flops = 2 * config.experts.top_k * D * config.n_moe_layers
