@@ -41,8 +41,8 @@ class Score:
         return between(self.curve, at, end, comparisons=len(self.curve.rho) - 2)
 
     def said(self, difference: Interval) -> str:
-        """What a difference means."""
-        if not (difference.low > 0 or difference.high < 0):
+        """What a difference means. Where all runs of each rho score alike, as on few questions, the noise is not known."""
+        if difference.low == difference.high or not (difference.low > 0 or difference.high < 0):
             return "not resolved"
         return "better" if (difference.value > 0) == self.higher_is_better else "worse"
 

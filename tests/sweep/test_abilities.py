@@ -80,6 +80,12 @@ def test_a_flat_probe_is_resolved_no_more_often_than_the_intervals_say() -> None
     assert plain / 1500 == pytest.approx(0.05, abs=0.015)  # of a rho that nothing has chosen
 
 
+def test_a_probe_that_every_seed_scores_alike_resolves_nothing() -> None:
+    """So do all when nothing was learnt, and on few questions some by chance: there is no noise to compare with."""
+    score = Score("", "", "", True, Curve(RHO, np.array([0, 0, 0.25, 0, 0, 0])[:, None] * np.ones(3)))
+    assert score.said(score.against(2, -1)) == "not resolved"
+
+
 def test_without_seeds_to_tell_the_noise_nothing_is_resolved() -> None:
     score = Score("", "", "", True, Curve(RHO, np.linspace(0, 1, 6)[:, None]))
     assert score.said(score.against(2, 0)) == "not resolved"
