@@ -23,7 +23,8 @@ def probed(accuracies: dict[float, float], losses: dict[float, float], task: str
     rows = []
     for rho, accuracy in accuracies.items():
         for seed in (0, 1):
-            probes = {f"probe_{task}": accuracy + 0.1 * seed + 1e-6 * rho * seed, f"probe_nats_{task}": 1 - accuracy}
+            score = accuracy + 0.1 * seed + 1e-6 * rho * seed
+            probes = {f"probe_{task}": score, f"probe_nats_{task}": 1 - score}
             rows += run_of(rho, seed, {100: losses[rho] - 0.3 * seed}, 1.0, probes=probes)
     return rows
 
@@ -61,7 +62,7 @@ def test_a_better_probe_and_a_worse_one_are_told_by_the_direction_that_is_better
         said = [found[metric].said(found[metric].against(1, end)) for end in (-1, 0)]
         assert said == ["better", "worse"]
     assert found["probe_facts"].against(1, 0).value == pytest.approx(-0.4, abs=1e-5)
-    assert found["probe_nats_facts"].against(1, 0).value == pytest.approx(0.4)
+    assert found["probe_nats_facts"].against(1, 0).value == pytest.approx(0.4, abs=1e-5)
     assert found["nats"].said(found["nats"].against(1, -1)) == "better"  # a lower loss
 
 
@@ -82,7 +83,7 @@ def test_a_flat_probe_is_resolved_no_more_often_than_the_intervals_say() -> None
 
 def test_a_probe_that_every_seed_scores_alike_resolves_nothing() -> None:
     """So do all when nothing was learnt, and on few questions some by chance: there is no noise to compare with."""
-    score = Score("", "", "", True, Curve(RHO, np.array([0, 0, 0.25, 0, 0, 0])[:, None] * np.ones(3)))
+    score = Score("", "", "", True, Curve(RHO, np.array([0, 0.1, 0.2, 0.3, 0, 0])[:, None] * np.ones(3)))
     assert score.said(score.against(2, -1)) == "not resolved"
 
 
