@@ -25,7 +25,7 @@ def probed(accuracies: dict[float, float], losses: dict[float, float], task: str
         for seed in (0, 1):
             score = accuracy + 0.1 * seed + 1e-6 * rho * seed
             probes = {f"probe_{task}": score, f"probe_nats_{task}": 1 - score}
-            rows += run_of(rho, seed, {100: losses[rho] - 0.3 * seed}, 1.0, probes=probes)
+            rows += run_of(rho, seed, {100: losses[rho] - 0.3 * seed + 1e-6 * rho * seed}, 1.0, probes=probes)
     return rows
 
 
@@ -103,7 +103,7 @@ def test_each_measure_chooses_its_rho_between_the_ends() -> None:
 
 def values(point: Point, tokens: int) -> dict[str, float]:
     """A history as a run writes it: the loss is a U, facts like memory, and brackets come with luck alone."""
-    luck = 0.01 * ((7 * point.seed + round(40 * point.rho)) % 5)
+    luck = 0.01 * ((2 * point.seed + 6 * point.rho * (point.seed + 1)) % 5)  # 0, 3, 1 and 2, 3, 4 hundredths
     loss = 4 + (point.rho - 0.5) ** 2 - tokens / 2000 + luck / 10
     facts, brackets = 0.6 - 0.3 * point.rho + luck / 10, 0.3 + luck
     probes = {"facts": facts, "brackets": brackets}
