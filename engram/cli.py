@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", _plan, "print the points, what each holds, and the time they may take"),
         ("run", _run, "train the points that are not finished"),
         ("status", _status, "print how far each point is, from the files that the runs write"),
-        ("report", _report, "write points.csv, curve.png and report.html from the finished points"),
+        ("report", _report, "write points.csv, pictures and report.html from the finished points"),
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("plan", type=Path, help="the sweep's YAML plan")

@@ -194,7 +194,7 @@ def _draw_speeds(ax: Any, phase: str, cases: list[dict[str, Any]]) -> None:
         values = np.array([[s["value"], s["low"], s["high"]] for s in speeds])
         errors = np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])
         at = np.arange(len(cases)) + 0.08 * i
-        ax.errorbar(at, values[:, 0], errors, fmt="o-", ms=4, capsize=2, color=f"C{i}", label=name)
+        ax.errorbar(at, values[:, 0], errors, fmt="o", ms=5, capsize=3, color=f"C{i}", label=name)
     ax.set_xticks(range(len(cases)), [_case(case) for case in cases], fontsize=8)
     ax.set_xlabel("sequences x tokens" + (" read before" if phase == "decoding" else ""))
     ax.set_title(f"{phase}: tokens a second ↑", fontsize=10, loc="left")
@@ -212,7 +212,7 @@ def _draw_bytes(ax: Any, cases: list[dict[str, Any]]) -> None:
         at = np.arange(len(cases)) + width * (i + 0.5) - 0.4
         for kind, alpha in (("weights", 1.0), ("rows", 0.6), ("cache", 0.3)):
             values = np.array([case["checkpoints"][name]["bytes_per_token"][kind] for case in cases])
-            ax.bar(at, values, width * 0.9, bottom, color=f"C{i}", alpha=alpha, label=f"{name}: {kind}")
+            ax.bar(at, values, width * 0.9, bottom, color=f"C{i}", alpha=alpha, label=None if i else kind)
             bottom += values
     ax.set_xticks(range(len(cases)), [_case(case) for case in cases], fontsize=8)
     ax.set_title("decoding: bytes a token ↓", fontsize=10, loc="left")

@@ -13,6 +13,8 @@ from engram.sweep.fit import Curve, Interval, between
 from engram.sweep.plan import MAIN_VARIANT
 from engram.sweep.results import MEASURES, Measured, Row, curve_of, probe_tasks
 
+_ALIKE = 1e-9  # what is less comes from rounding
+
 
 @dataclass(frozen=True)
 class Score:
@@ -41,8 +43,8 @@ class Score:
         return between(self.curve, at, end, comparisons=len(self.curve.rho) - 2)
 
     def said(self, difference: Interval) -> str:
-        """What a difference means."""
-        if not (difference.low > 0 or difference.high < 0):
+        """What a difference means. Where all runs of each rho score alike, as on few questions, noise is not known."""
+        if difference.high - difference.low < _ALIKE or not (difference.low > 0 or difference.high < 0):
             return "not resolved"
         return "better" if (difference.value > 0) == self.higher_is_better else "worse"
 

@@ -46,8 +46,9 @@ def abilities_section(rows: Sequence[Row], scores: Sequence[Score], measured: Se
         "seed share data order and initial seed. Intervals are those of t, for all rhos between the ends at once; "
         "<i>better</i> and <i>worse</i> say that one leaves zero out. <i>Not resolved</i> does not mean equal: the "
         "interval says how large a difference may have stayed unseen. Noise is taken to be the same at every rho, so "
-        "where a probe is all right or all wrong at some, look at the points in the picture. Each row has its own "
-        "intervals: of many rows some miss the truth by chance, one in twenty at most.</p>",
+        "where a probe is all right or all wrong at some, look at the points in the picture. All runs are asked the "
+        "same questions, and other questions of a task would bring luck of their own. Each row has its own intervals: "
+        "of many rows some miss the truth by chance, one in twenty at most.</p>",
         "<h3>Share of right answers after the last token, mean ± s.d. over seeds (↑ higher is better)</h3>",
         _all_scores(rows, [s for s in scores if s.task and s.higher_is_better]),
         "<h3>Nats an answer after the last token, mean ± s.d. over seeds (↓ lower is better)</h3>",

@@ -56,6 +56,8 @@ class _Meter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._known = device.type == "cuda" or (device.type == "cpu" and sys.platform == "linux")
+        if device.type == "cuda":
+            torch.cuda.init()  # before which there are no statistics to reset
         self._start = 0
         self._start = self.begin() or 0
 

@@ -40,8 +40,8 @@ def ids_of(sequences: int) -> torch.Tensor:
 
 
 def elementwise(config: ModelConfig) -> int:
-    """FLOPs of a token that torch's counter has no rule for: weighting experts, gates, convolutions, and what reads from
-    branches and writes to them."""
+    """FLOPs of a token that torch's counter has no rule for: weighting experts, gates, convolutions, what reads from
+    branches, and what writes to them."""
     assert config.experts is not None
     D, M = config.d_model, config.branches
     flops = 2 * config.experts.top_k * D * config.n_moe_layers
@@ -195,3 +195,14 @@ def test_impossible_cases_are_refused(memory_run: Path, capsys: pytest.CaptureFi
     for option, value in (("lengths", "0"), ("sequences", "0"), ("new-tokens", "0"), ("rounds", "5")):
         assert engram(["eval", "cost", "--checkpoint", str(memory_run), f"--{option}", value]) == 2
         assert f"{option} is" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_is_timed_and_its_memory_measured(memory_run: Path, tmp_path: Path) -> None:
+    options = ("--device", "cuda", "--lengths", "32", "--sequences", "2", "--new-tokens", "3", "--rounds", "6")
+    result = answer_of("cost", tmp_path, memory_run, *options)["result"]
+    ((name, held),) = result["checkpoints"].items()
+    memory = result["memory"][name]
+    assert memory["cases"][0]["prefill"] >= memory["model"] >= held["parameter_bytes"]
+    assert all(case["checkpoints"][name]["tokens_per_s"]["low"] > 0 for case in result["cases"])
