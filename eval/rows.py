@@ -242,7 +242,7 @@ def _share(who: NDArray[np.bool_], weights: Ints, heads: list[Shared]) -> dict[s
 
 
 def _norms(layer: Layer, reads: Ints) -> dict[str, Any]:
-    """Lengths of rows by order and by how often they were read, and of those never read against what they started as."""
+    """Lengths of rows by order and by how often they were read; of those never read, what they started as too."""
     device = layer.reader.hasher.moduli.device
     starts = range(0, len(reads), _CHUNK)
     with torch.no_grad():
@@ -350,14 +350,19 @@ def tables(result: Result) -> str:
     return "\n".join(parts)
 
 
-_MEANING = """<p>Read: rows read at least once in training, and in brackets what as many N-grams hashed at random would
-reach. Sharing: the share of distinct N-grams of training whose row another one reads too, and the share of reads, which
-counts each N-gram as often as it was read; in brackets what hashing at random would give ± its standard deviation.
-Minor: the share of reads whose row another N-gram reads more often. Untrained: held-out reads of rows that training
-never read. s: exponent of reads ~ rank<sup>-s</sup>, and the ranks that it was fitted on; that of the N-grams
-themselves is told by order. Caches: contents that stay, chosen by reads in training or, the best that any choice can
-do, by the held-out reads themselves; or the rows read last, by a cache that is empty at first and sees one sequence
-after another.</p><style>.rows th,.rows td{padding:.2rem .4rem}.rows td{white-space:nowrap}</style>"""
+_MEANING = """<ul><li>read: rows read at least once in training, and in brackets what as many distinct N-grams hashed at
+random would reach; read here: in the held-out text; untrained: held-out reads of rows that training never read
+<li>N-grams that share: of the distinct N-grams of training, those whose row another one reads too; reads that share:
+the same with each N-gram counted as often as it was read; in brackets what hashing at random would give ± its standard
+deviation; minor: reads whose row another N-gram reads more often
+<li>share in every head: with some other N-gram in each head, and in brackets if heads were independent; told apart by
+no head: N-grams all of whose rows are those of one other
+<li>tokens here with a new one: held-out tokens whose N-gram training never met; on trained rows: those of their reads
+that find a row which other N-grams have trained
+<li>s: exponent of reads ~ rank<sup>−s</sup>, and the ranks it was fitted on; by order that of the N-grams themselves
+<li>caches: contents that stay, chosen by reads in training or, the best that any choice can do, by the held-out reads
+themselves; or the rows read last, by a cache that is empty at first and sees one sequence after another</ul>
+<style>.rows th,.rows td{padding:.2rem .4rem}.rows td{white-space:nowrap}</style>"""
 
 
 def _percent(value: float | None) -> str:
@@ -365,18 +370,8 @@ def _percent(value: float | None) -> str:
 
 
 def _heads(layer: dict[str, Any]) -> str:
-    head = [
-        "order, head",
-        "rows",
-        "read",
-        "N-grams that share",
-        "reads that share",
-        "minor",
-        "read here",
-        "untrained",
-        "s",
-    ]
-    return table(head, [_head(known) for known in layer["heads"]])
+    head = ["order, head", "rows", "read", "N-grams that share", "reads that share", "minor", "read here", "untrained"]
+    return table([*head, "s"], [_head(known) for known in layer["heads"]])
 
 
 def _head(known: dict[str, Any]) -> list[str]:
