@@ -210,16 +210,22 @@ def _sharing(layer: Layer, counted: NgramCounts) -> dict[str, Any]:
     """Of the N-grams of an order, how many share their row, by head and in all heads of the order."""
     at = [(h, rows) for h, (order, _, rows) in enumerate(layer.heads) if order == counted.order]
     ids, counts = counted.raw_ids(), counted.counts
-    parts = [layer.rows(part)[:, -1, [h for h, _ in at]] for part in ids.split(_CHUNK)]
+    parts = [layer.rows(part)[:, -1, [h for h, _ in at]] for part in ids.split(_CHUNK // counted.order)]
     rows = np.concatenate(parts)  # [N-grams, K]
     heads: list[dict[str, Any]] = []
     everywhere = np.ones(len(counts), bool)
+    alike, group = (
+        np.arange(len(counts)),
+        np.zeros(len(counts), np.int64),
+    )  # told apart by no head so far, and from whom
     for column, (_, own) in zip(rows.T, at, strict=True):
         place, n = column - own.start, own.stop - own.start
         once = np.ones_like(counts)
         most = np.zeros(n, np.int64)
         np.maximum.at(most, place, counts)
         everywhere &= np.bincount(place, minlength=n)[place] > 1
+        _, group, times = np.unique(group * n + place[alike], return_inverse=True, return_counts=True)
+        alike, group = alike[times[group] > 1], group[times[group] > 1]
         heads.append(
             {
                 "shared_ngrams": shared(place, once, n),
@@ -227,11 +233,10 @@ def _sharing(layer: Layer, counted: NgramCounts) -> dict[str, Any]:
                 "minor_reads": 1 - float(most.sum() / counts.sum()),
             }
         )
-    alike = np.unique(rows, axis=0, return_counts=True)[1]
     whole = {
         "shared_in_all": _share(everywhere, np.ones_like(counts), [head["shared_ngrams"] for head in heads]),
         "reads_shared_in_all": _share(everywhere, counts, [head["shared_reads"] for head in heads]),
-        "told_apart_by_no_head": int(alike[alike > 1].sum()),
+        "told_apart_by_no_head": len(alike),
     }
     return {"heads": heads, "all": whole}
 
@@ -359,7 +364,7 @@ deviation; minor: reads whose row another N-gram reads more often
 no head: N-grams all of whose rows are those of one other
 <li>tokens here with a new one: held-out tokens whose N-gram training never met; on trained rows: those of their reads
 that find a row which other N-grams have trained
-<li>s: exponent of reads ~ rank<sup>−s</sup>, and the ranks it was fitted on; by order that of the N-grams themselves
+<li>s: exponent of reads ~ rank<sup>&minus;s</sup>, and the ranks it was fitted on; by order that of the N-grams
 <li>caches: contents that stay, chosen by reads in training or, the best that any choice can do, by the held-out reads
 themselves; or the rows read last, by a cache that is empty at first and sees one sequence after another</ul>
 <style>.rows th,.rows td{padding:.2rem .4rem}.rows td{white-space:nowrap}</style>"""

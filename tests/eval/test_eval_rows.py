@@ -201,6 +201,7 @@ def test_rows_that_the_replay_reads_are_the_ones_that_training_changed(memory_ru
     for head in answer["heads"]:
         assert head["read"] == changed[start : start + head["rows"]].sum()
         start += head["rows"]
+    assert answer["reads"] == 300 * 16 * 64 * 4 > subject.run.data.n_train_windows * 64 * 4
     never = answer["never_read"]
     assert never["rows"] == (~changed).sum() > 100
     assert abs(never["mean_norm"] - never["expected"]) < 4 * never["sd"]
