@@ -34,7 +34,9 @@ _SLURM_OPTIONS: dict[str, tuple[Any, str]] = {
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. A bad setting ends in one line on stderr and code 2."""
-    parsed = _parser().parse_args(args)
+    args = sys.argv[1:] if args is None else args
+    parsed = _parser().parse_args(args[:1] if args[:1] == ["eval"] else args)  # each question reads its own options
+    parsed.arguments = args[1:]
     # What torch says of a checkpoint that one process reads.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
@@ -89,9 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("path", type=Path, help="a folder of engram's, of Qwen4-Exp or of DeepSeek-V4.1")
     action.add_argument("--json", action="store_true", help="for programs")
     action.set_defaults(run=_inspect)
-    action = commands.add_parser("eval", help="ask a question of checkpoints", add_help=False)
-    action.add_argument("arguments", nargs=argparse.REMAINDER)
-    action.set_defaults(run=_eval)
+    commands.add_parser("eval", help="ask a question of checkpoints").set_defaults(run=_eval)
     return parser
 
 

@@ -8,6 +8,7 @@ arXiv:2401.06066 (DeepSeekMoE), arXiv:2405.04434 (multi-head latent attention).
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -40,6 +41,34 @@ def require_one_of(name: str, value: object, kinds: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """Rotary positions that reach `factor` times as far as `original_max_seq_len`, the length trained on without them
+    (YaRN, arXiv:2309.00071).
+
+    Channels that turn `beta_fast` times or more in the original length keep their speed, those that turn `beta_slow`
+    times or less turn slower by `factor`, and those between the two take something between.
+    """
+
+    factor: float
+    original_max_seq_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        name, length = "attention.yarn", self.original_max_seq_len
+        require(1 <= self.factor < math.inf, f"{name}.factor", self.factor, "1 or more")
+        require(length >= 1, f"{name}.original_max_seq_len", length, "1 or more")
+        require(0 < self.beta_slow < math.inf, f"{name}.beta_slow", self.beta_slow, "above 0")
+        above_slow = f"above beta_slow ({self.beta_slow})"
+        require(self.beta_slow < self.beta_fast < math.inf, f"{name}.beta_fast", self.beta_fast, above_slow)
+
+    @property
+    def attention_factor(self) -> float:
+        """By which queries and keys both grow, 0.1 ln(factor) + 1: the inverse root of the softmax's temperature."""
+        return 0.1 * math.log(self.factor) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class GQAConfig:
     """Grouped-query attention with rotary positions (arXiv:2305.13245), keys and queries normalised per head."""
 
@@ -49,6 +78,7 @@ class GQAConfig:
     head_dim: int
     qk_norm: bool = True
     rope_theta: float = 10_000.0
+    yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
         require(self.n_heads >= 1, "attention.n_heads", self.n_heads, "1 or more")
@@ -59,7 +89,7 @@ class GQAConfig:
             f"a divisor of n_heads ({self.n_heads})",
         )
         require(self.head_dim >= 2 and self.head_dim % 2 == 0, "attention.head_dim", self.head_dim, "an even number")
-        require(self.rope_theta > 0, "attention.rope_theta", self.rope_theta, "above 0")
+        _check_rope(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +104,7 @@ class MLAConfig:
     v_head_dim: int
     q_lora_rank: int = 0
     rope_theta: float = 10_000.0
+    yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
@@ -85,7 +116,12 @@ class MLAConfig:
             "an even number",
         )
         require(self.q_lora_rank >= 0, "attention.q_lora_rank", self.q_lora_rank, "0 (full rank) or more")
-        require(self.rope_theta > 0, "attention.rope_theta", self.rope_theta, "above 0")
+        _check_rope(self)
+
+
+def _check_rope(config: GQAConfig | MLAConfig) -> None:
+    least = 0 if config.yarn is None else 1  # YaRN asks how often channels turn, and by theta 1 all turn alike
+    require(config.rope_theta > least, "attention.rope_theta", config.rope_theta, f"above {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +329,8 @@ class ModelConfig:
         """Plain data that `from_dict` turns back into this config, and YAML or JSON can hold."""
         data = dataclasses.asdict(self, dict_factory=lambda items: {k: _plain(v) for k, v in items})
         data["attention"]["kind"] = self.attention.kind
+        if self.attention.yarn is None:  # as before there was YaRN: names of points are made of this
+            del data["attention"]["yarn"]
         return data
 
     @classmethod

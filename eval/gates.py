@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import html
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engram.backbone import EngramLM
 from engram.config import ConfigError, require
 from engram.memory import Engram
 from engram.pages import GREY, table
@@ -29,10 +28,12 @@ from engram.training.data import Batch
 from eval.shared.bootstrap import ratios
 from eval.shared.command import main
 from eval.shared.heat_map import Shades, Text, heat_map, side_by_side, visible
+from eval.shared.observe import observed, places_of
 from eval.shared.page import interval
 from eval.shared.pieces import Pieces
 from eval.shared.question import Asked, Question, Result
 from eval.shared.strata import SuffixCounts, bin_name, binned, count_suffixes, stratum_names
+from eval.shared.strata import add_options as add_strata_options
 from eval.shared.subjects import Subject
 
 Floats = NDArray[np.float64]
@@ -49,38 +50,21 @@ def gates_and_updates(asked: Asked, subject: Subject) -> Floats:
     """Of every held-out token, memory and branch the gate and the update's share of the hidden state,
     `[windows, T, memories, M, 2]`; memories in the order of their blocks."""
 
+    # The hidden state before each memory, and with its update.
+    places = pairwise(places_of(subject.model))
+    pairs = {int(after.depth): (before, after) for before, after in places if after.depth % 1}
+
     def measure(batch: Batch) -> Tensor:
-        with asked.precision(), shares_of_updates(subject.model) as shares:
+        with asked.precision(), observed(subject.model, [*chain(*pairs.values())]) as states:
             gates = subject.model.run(batch["tokens"], batch["document_ids"]).gates
-        pairs = [torch.stack([gates[layer].double(), shares[layer].double()], -1) for layer in sorted(gates)]
-        return torch.stack(pairs, 2)
+        found = []
+        for layer in sorted(gates):
+            before, after = (states[place.name].float() for place in pairs[layer])
+            before, after = (h if h.ndim == 4 else h.unsqueeze(2) for h in (before, after))
+            found.append(torch.stack([gates[layer], (after - before).norm(dim=-1) / before.norm(dim=-1)], -1))
+        return torch.stack(found, 2)
 
     return asked.held_out.of_each_token(subject, measure, f"gates of {subject.name}")
-
-
-@contextmanager
-def shares_of_updates(model: EngramLM) -> Iterator[dict[int, Tensor]]:
-    """Inside, a forward pass leaves here `|update| / |hidden|`, `[B, T, M]`, by the block that a memory is before."""
-    shares: dict[int, Tensor] = {}
-
-    def watch(layer: int, memory: Any) -> None:
-        add_to = memory.add_to
-
-        def watched(hidden: Tensor, *rest: Any) -> Any:
-            added = add_to(hidden, *rest)
-            before, after = (h.float() if h.ndim == 4 else h.float().unsqueeze(2) for h in (hidden, added.hidden))
-            shares[layer] = (after - before).norm(dim=-1) / before.norm(dim=-1)
-            return added
-
-        memory.add_to = watched
-
-    for name, memory in model.memory.items():
-        watch(int(name), memory)
-    try:
-        yield shares
-    finally:
-        for memory in model.memory.values():
-            del memory.add_to
 
 
 def measure(asked: Asked) -> Result:
@@ -402,8 +386,7 @@ def _ngram(known: dict[str, Any], order: int) -> list[str]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of strata, lists and excerpts."""
-    parser.add_argument("--order", type=int, default=0, help="of the suffix N-grams (0: the memory's largest)")
-    parser.add_argument("--hot-from", type=int, default=10, metavar="N", help="times seen that make an N-gram hot")
+    add_strata_options(parser)
     parser.add_argument("--least", type=int, default=5, metavar="N", help="places that a listed N-gram has at least")
     parser.add_argument("--lists", type=int, default=20, metavar="N", help="N-grams to list")
     parser.add_argument("--excerpts", type=int, default=4, metavar="N", help="windows to show, drawn by --seed")

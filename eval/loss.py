@@ -7,7 +7,6 @@ Nats a token and bits a byte with intervals over documents; between checkpoints,
 
 from __future__ import annotations
 
-import argparse
 import html
 import sys
 from typing import Any
@@ -25,7 +24,7 @@ from eval.shared.command import main
 from eval.shared.held_out import HeldOut
 from eval.shared.page import interval
 from eval.shared.question import Asked, Question, Result
-from eval.shared.strata import SuffixCounts, bin_name, binned, count_suffixes, stratum_names
+from eval.shared.strata import SuffixCounts, add_options, bin_name, binned, count_suffixes, stratum_names
 from eval.shared.subjects import Subject
 
 _ABOUT = """<p>How well each checkpoint predicts text that none was trained on. Lower is better. Tokens are told apart
@@ -153,12 +152,6 @@ def tables(result: Result) -> str:
                 rows.append(cells + [interval(answers[name]["difference"][i], 4, "+") for name in others])
         parts.append(table(head, rows))
     return "\n".join(parts)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of strata."""
-    parser.add_argument("--order", type=int, default=0, help="of the suffix N-grams (0: the memory's largest)")
-    parser.add_argument("--hot-from", type=int, default=10, metavar="N", help="times seen that make an N-gram hot")
 
 
 QUESTION = Question("loss", "Loss by domain and by times seen", _ABOUT, measure, draw, tables, add_options)

@@ -13,6 +13,7 @@ from engram.config import ConfigError, GQAConfig, MemoryConfig, MLAConfig, Model
 
 GQA = {"kind": "gqa", "n_heads": 4, "n_kv_heads": 2, "head_dim": 8}
 MLA = {"kind": "mla", "n_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+YARN = {"factor": 4.0, "original_max_seq_len": 32}
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 
 @given(
-    attention=st.sampled_from([GQA, MLA]),
+    attention=st.sampled_from([GQA, MLA, {**GQA, "yarn": YARN}, {**MLA, "yarn": YARN}]),
     layers=st.sets(st.integers(0, 2), min_size=1),
     branches=st.integers(1, 4),
     rows=st.integers(0, 10**9),
@@ -41,6 +42,12 @@ def test_plain_data_and_yaml_round_trips_keep_every_setting(
     memory = {"layers": sorted(layers), "rows": [rows, rows], "table_dtype": table_dtype}
     config = ModelConfig.from_dict(settings(attention=attention, branches=branches, memory=memory))
     assert ModelConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_a_model_without_yarn_is_written_as_before_there_was_any() -> None:
+    """Names of finished points of sweeps, and what checkpoints keep, are made of this."""
+    for attention in (GQA, MLA):
+        assert "yarn" not in ModelConfig.from_dict(settings(attention=attention)).to_dict()["attention"]
 
 
 def test_parts_take_the_models_sizes() -> None:
@@ -70,6 +77,19 @@ def test_rows_of_zero_mean_no_memory() -> None:
         ({"memory": {"heads": 3}}, ["memory.heads", "3", "n_heads"]),
         ({"attention": {"kind": "mha"}}, ["attention.kind", "mha", "gqa", "mla"]),
         ({"attention": {**GQA, "n_kv_heads": 3}}, ["n_kv_heads", "3", "divisor"]),
+        ({"attention": {**GQA, "rope_theta": 1, "yarn": YARN}}, ["attention.rope_theta", "1.0", "above 1"]),
+        ({"attention": {**MLA, "yarn": {**YARN, "factor": 0.5}}}, ["attention.yarn.factor", "0.5", "1 or more"]),
+        (
+            {"attention": {**GQA, "yarn": {**YARN, "beta_fast": 0.5}}},
+            ["yarn.beta_fast", "0.5", "above beta_slow"],
+        ),
+        ({"attention": {**GQA, "yarn": {**YARN, "beta_slow": 0}}}, ["yarn.beta_slow", "0", "above 0"]),
+        ({"attention": {**GQA, "yarn": {"factor": 2}}}, ["attention.yarn.original_max_seq_len", "missing"]),
+        (
+            {"attention": {**GQA, "yarn": {**YARN, "original_max_seq_len": 0}}},
+            ["original_max_seq_len", "1 or more"],
+        ),
+        ({"attention": {**GQA, "yarn": {**YARN, "mscale": 1}}}, ["attention.yarn.mscale", "beta_fast"]),
         ({"d_model": "wide"}, ["d_model", "wide", "whole number"]),
         ({"d_model": True}, ["d_model", "True", "whole number"]),
         ({"tied": 1}, ["tied", "1", "true or false"]),

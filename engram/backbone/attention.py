@@ -112,6 +112,8 @@ class MultiHeadLatentAttention(nn.Module):
         """The parts of queries `[B, T, h, c]` without position, and turned by theirs."""
         c = self.config
         q = self.q_up(self.q_norm(self.q_down(x)) if c.q_lora_rank else x)
+        if at.query_scale != 1.0:
+            q = q * at.query_scale
         q = rearrange(q, "B T (h c) -> B T h c", h=c.n_heads)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         return q_nope, _turn(q_rope, at)

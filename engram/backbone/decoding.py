@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from engram.backbone.positions import BlockCache, Places, positions_of, rotated_dim
-from engram.backbone.rope import rotations
+from engram.backbone.positions import BlockCache, Places, angles_of, positions_of
 from engram.config import GQAConfig, MLAConfig, require
 from engram.memory import Memory
 
@@ -82,7 +81,7 @@ class DecodingState:
             require(n <= self.capacity, "number of tokens", n, f"at most the state's capacity, {self.capacity}")
         now = torch.arange(T, device=token_ids.device)
         positions = (self.next_position.unsqueeze(1) + now).flatten()
-        cos, sin = rotations(positions, rotated_dim(attention), attention.rope_theta)
+        cos, sin, query_scale = angles_of(positions, attention)
         slots, slot = self.length + now, torch.arange(self.capacity, device=now.device)
         real = torch.ones_like(token_ids, dtype=torch.bool) if document_ids is None else document_ids >= 0
         self.real.index_copy_(1, slots, real)
@@ -92,7 +91,7 @@ class DecodingState:
         self.next_position = self.next_position + T
         self.length = self.length + T
         self._undoable = (self._undoable + T).clamp(max=self.slack)
-        return Places(slots, self.capacity, cos, sin, visible.unsqueeze(1), alone)
+        return Places(slots, self.capacity, cos, sin, query_scale, visible.unsqueeze(1), alone)
 
     def rollback(self, n: int | Tensor) -> None:
         """Take the last `n` tokens back: of all sequences, or of each its own number `[B]`.

@@ -26,7 +26,7 @@ def _mean_cross_entropy(
     """Mean loss of hidden states `[N, D]`, head `[V, D]` and targets `[N]`; gradients of the sum of losses."""
     h, w = hidden_ND.to(dtype), head_VD.to(dtype)
     N, V = len(h), len(w)
-    rows = min(N, _chunk_rows(w))
+    rows = min(N, chunk_rows(w))
     # Every chunk is computed in this buffer: fresh ones would cost more than what is computed in them.
     buffer = h.new_empty(rows, V)
     grad_h = h.new_empty(h.shape)
@@ -86,7 +86,7 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
     """Cross-entropy in nats of each next token, `[B, T]`, for evaluation: no gradient. Arguments as `mean_loss`."""
     dtype = _product_type(hidden)
     h, w = hidden.flatten(0, -2).to(dtype), head_weight.to(dtype)
-    rows = _chunk_rows(w)
+    rows = chunk_rows(w)
     chunks = zip(h.split(rows), targets.flatten().split(rows), strict=True)
     return torch.cat([_losses(part @ w.T, t) for part, t in chunks]).view(targets.shape)
 
@@ -96,7 +96,8 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return wide.logsumexp(-1) - wide.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
-def _chunk_rows(head_VD: Tensor) -> int:
+def chunk_rows(head_VD: Tensor) -> int:
+    """Of how many tokens the logits are held at once."""
     logits = _CHUNK_LOGITS_CPU if head_VD.device.type == "cpu" else _CHUNK_LOGITS
     return max(_MIN_ROWS, logits // len(head_VD))
 

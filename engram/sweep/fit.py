@@ -189,9 +189,14 @@ def lack_of_fit(curve: Curve) -> float:
 
 def difference(curve: Curve, end: int) -> Interval:
     """The mean at an end (0 or -1) less the least mean between the ends."""
-    means, R = curve.means, len(curve.rho)
-    value = float(means[end] - means[1:-1].min())
-    half = curve.margin(1 - (1 - CONFIDENCE) / 2 / (R - 2))
+    return between(curve, end, 1 + int(curve.means[1:-1].argmin()), comparisons=len(curve.rho) - 2)
+
+
+def between(curve: Curve, i: int, j: int, comparisons: int = 1) -> Interval:
+    """The mean at the i-th rho less that at the j-th, with an interval that holds for so many `comparisons` at once
+    (Bonferroni)."""
+    value = float(curve.means[i] - curve.means[j])
+    half = curve.margin(1 - (1 - CONFIDENCE) / 2 / comparisons)
     return Interval(value, value - half, value + half)
 
 

@@ -164,7 +164,7 @@ class Point:
                 "precision": plan.precision,
             },
             "model": {"model": self.config.to_dict(), "optim": _plain(plan.optim)},
-            "data": {"config": {**_plain(plan.data), "seed": self.seed}},
+            "data": {"config": {**_data_settings(plan.data), "seed": self.seed}},
         }
 
     @cached_property
@@ -184,6 +184,15 @@ class Point:
     def folder(self) -> Path:
         """Where its run writes."""
         return self.plan.folder / "points" / self.name
+
+
+def _data_settings(config: DataConfig) -> dict[str, Any]:
+    """All settings; those of the mixture only if there is one, as points of plans without it keep their names."""
+    settings = _plain(config)
+    if not config.portions():
+        for name in ("mixture", "mixture_seed", "probe_examples"):
+            settings.pop(name)
+    return settings
 
 
 def _plain(config: Any) -> dict[str, Any]:

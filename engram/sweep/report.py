@@ -9,10 +9,13 @@ from pathlib import Path
 
 from engram.config import ConfigError
 from engram.pages import page, picture, save_png, table
+from engram.sweep.abilities import scores
 from engram.sweep.fit import CONFIDENCE, Interval
 from engram.sweep.plan import MAIN_VARIANT, SweepPlan, plan_table
-from engram.sweep.plot import draw, draw_domains, end_name
-from engram.sweep.results import Measured, Row, collect, measure, write_csv
+from engram.sweep.plot import draw, draw_abilities, draw_domains, draw_wall_clock, end_name
+from engram.sweep.results import Measured, Row, at_the_end, collect, measure, write_csv
+from engram.sweep.sections import abilities_section, wall_clock_section
+from engram.sweep.wall_clock import timed_measures
 from engram.training.atomic import atomic_file
 from engram.training.recorder import RESULT
 
@@ -41,29 +44,35 @@ def write_report(plan: SweepPlan) -> list[Path]:
         measured = measure(rows)
     except ValueError as error:
         raise ConfigError(f"sweep {plan.name!r} cannot be reported yet: {error}") from error
-    folder = plan.folder
-    paths = [folder / name for name in ("points.csv", "curve.png", "report.html")]
-    write_csv(rows, paths[0])
+    csv, curve, document = (plan.folder / name for name in ("points.csv", "curve.png", "report.html"))
+    paths = [csv, curve]
+    write_csv(rows, csv)
     title = f"{plan.name}: {rows[0].total / 1e6:.2f}M parameters, {rows[-1].tokens / 1e6:.1f}M tokens"
-    save_png(draw(rows, measured, title), paths[1])
-    with atomic_file(paths[2]) as draft:
-        draft.write_text(_page(plan, rows, measured, title), encoding="utf-8")
-    for m in _at_the_end(measured):
+    save_png(draw(rows, measured, title), curve)
+    end = at_the_end(measured)
+    if probed := scores(rows):
+        paths.append(plan.folder / "probes.png")
+        save_png(draw_abilities(rows, probed, end), paths[-1])
+    timed, reason = timed_measures(rows)
+    if timed:
+        paths.append(plan.folder / "wall_clock.png")
+        save_png(draw_wall_clock(timed), paths[-1])
+    sections = [*abilities_section(rows, probed, end), *wall_clock_section(plan, rows, timed, reason)]
+    with atomic_file(document) as draft:
+        draft.write_text(_page(plan, rows, measured, title, sections), encoding="utf-8")
+    for m in end:
         print(f"verdict on {m.name}: {m.fitted.verdict}: {m.fitted.reason}")
-    return paths
+    return [*paths, document]
 
 
-def _at_the_end(measured: Sequence[Measured]) -> list[Measured]:
-    """Each measure after the most tokens."""
-    return list({m.metric: m for m in measured}.values())
-
-
-def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], title: str) -> str:
+def _page(
+    plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], title: str, sections: Sequence[str]
+) -> str:
     last = [r for r in rows if r.final]
     done, wanted = len(last), len(plan.points())
     finished = {r.point for r in last}
     missing = [p.name for p in plan.points() if p.name not in finished]
-    end = _at_the_end(measured)
+    end = at_the_end(measured)
     differences = [line for m in end for line in _versus(rows, m)]
     head = ["variant", "rho", "on", "seeds", "nats above engram", "95 % interval"]
     versus = ["<h2>Rivals and controls against engram at the same rho</h2>", table(head, differences)]
@@ -99,6 +108,7 @@ def _page(plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], ti
             _losses(last),
         ),
         *(versus if differences else []),
+        *sections,
         "<h2>Budgets</h2>",
         "<p>P_tot: all parameters but embedding and head. P_act: those a token uses. rho: the share of the others that "
         "experts hold.</p>",
@@ -157,12 +167,12 @@ def _move(measured: Measured) -> list[str]:
 def _versus(rows: Sequence[Row], measured: Measured) -> list[list[str]]:
     """Each variant's loss less the main curve's at the same rho, over the seeds that both have."""
     at_end = [r for r in rows if r.tokens == measured.tokens]
-    main = {(r.rho, r.seed): getattr(r, measured.metric) for r in at_end if r.variant == MAIN_VARIANT}
+    main = {(r.rho, r.seed): r.value(measured.metric) for r in at_end if r.variant == MAIN_VARIANT}
     lines = []
     for variant, rho in dict.fromkeys((r.variant, r.rho) for r in at_end if r.variant != MAIN_VARIANT):
         own = [r for r in at_end if (r.variant, r.rho) == (variant, rho) and (rho, r.seed) in main]
         if own:
-            differences = [getattr(r, measured.metric) - main[rho, r.seed] for r in own]
+            differences = [r.value(measured.metric) - main[rho, r.seed] for r in own]
             mean = sum(differences) / len(own)
             # The two runs of a seed share its effect, and each has the noise of a run of the main curve.
             half = measured.curve.margin((1 + CONFIDENCE) / 2, len(own))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from engram.sweep.plan import MAIN_VARIANT, SweepPlan
 from engram.training.atomic import atomic_file
 
 _EMPTY = float("nan")
+_PROBE = "probe_"
 # What a curve is drawn of, and how a report calls it. Whether a run has learnt to copy from its context yet decides its
 # loss on repeated pairs, and comes by chance: the other tokens show what the split does to knowledge.
 MEASURES = {"nats": "all tokens", "nats_new": "tokens whose pair is new in its window"}
@@ -24,7 +25,8 @@ MEASURES = {"nats": "all tokens", "nats_new": "tokens whose pair is new in its w
 class Row:
     """One validation of one point. `rho` is what was asked, `rho_actual` what the whole experts allow; losses are nats
     a token and bits a byte on held-out text, in total, by domain, and for pairs of tokens that are new to their
-    document's part of the window or repeated in it."""
+    document's part of the window or repeated in it. `probes` holds what a run on a mixture scored, by the names of its
+    history: `probe_TASK`, the share of right answers, and `probe_nats_TASK`, nats an answer."""
 
     variant: str
     rho: float
@@ -51,6 +53,12 @@ class Row:
     device: str
     torch: str
     point: str
+    threads: int = 0  # 0: not recorded
+    probes: dict[str, float] = field(default_factory=dict)
+
+    def value(self, metric: str) -> float:
+        """A loss or a probe by its name; not a number if this validation has none."""
+        return float(self.probes.get(metric, _EMPTY) if metric.startswith(_PROBE) else getattr(self, metric))
 
 
 def collect(plan: SweepPlan) -> list[Row]:
@@ -86,30 +94,50 @@ def _rows_of(variant: str, rho: float, seed: int, name: str, result: dict[str, A
             device=result["device"],
             torch=result["versions"]["torch"],
             point=name,
+            threads=result.get("threads", 0),
+            probes={key: value for key, value in entry.items() if key.startswith(_PROBE)},
         )
         for entry in result["history"]
     ]
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """Write rows, atomically."""
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write rows, atomically; each probe has a column."""
+    probes = sorted({name for row in rows for name in row.probes})
     with atomic_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer = csv.DictWriter(file, [*(f.name for f in fields(Row) if f.name != "probes"), *probes])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        for row in rows:
+            values = asdict(row)
+            writer.writerow(values | values.pop("probes"))
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows that `write_csv` wrote."""
+    """The rows that `write_csv` wrote, or an earlier one that knew fewer columns."""
     parse: dict[Any, Any] = {"str": str, "int": int, "float": float, "bool": lambda text: text == "True"}
+    types = {f.name: f.type for f in fields(Row)}
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{f.name: parse[f.type](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
+        return [
+            Row(
+                **{name: parse[types[name]](text) for name, text in line.items() if name in types},
+                probes={name: float(text) for name, text in line.items() if name.startswith(_PROBE) and text},
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def probe_tasks(rows: Iterable[Row]) -> list[str]:
+    """Names of the tasks that every last validation of the main curve was probed on."""
+    names = [set(row.probes) for row in rows if row.final and row.variant == MAIN_VARIANT]
+    shared = set.intersection(*names) if names else set()
+    nats = {name.replace(_PROBE, f"{_PROBE}nats_", 1) for name in shared}
+    return sorted(name.removeprefix(_PROBE) for name in shared - nats)
 
 
 def curve_of(rows: Iterable[Row], tokens: int, metric: str = "nats", variant: str = MAIN_VARIANT) -> Curve:
     """The curve of a variant after a number of tokens. Raises ValueError if no seed is finished at every rho."""
     return Curve.from_points(
-        [(r.rho_actual, r.seed, getattr(r, metric)) for r in rows if r.variant == variant and r.tokens == tokens]
+        [(r.rho_actual, r.seed, r.value(metric)) for r in rows if r.variant == variant and r.tokens == tokens]
     )
 
 
@@ -134,6 +162,11 @@ def measure(rows: Sequence[Row]) -> list[Measured]:
     Raises ValueError if no seed is finished at every rho, or there are fewer than three rhos.
     """
     main = [row for row in rows if row.variant == MAIN_VARIANT]
-    taken = [(m, t) for m in MEASURES for t in sorted({r.tokens for r in main if not math.isnan(getattr(r, m))})]
+    taken = [(m, t) for m in MEASURES for t in sorted({r.tokens for r in main if not math.isnan(r.value(m))})]
     curves = [(metric, tokens, curve_of(rows, tokens, metric)) for metric, tokens in taken]
     return [Measured(metric, tokens, curve, fit(curve)) for metric, tokens, curve in curves]
+
+
+def at_the_end(measured: Sequence[Measured]) -> list[Measured]:
+    """Each measure after the most tokens."""
+    return list({m.metric: m for m in measured}.values())

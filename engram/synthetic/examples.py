@@ -13,12 +13,16 @@ class Example(NamedTuple):
     """A text with answers.
 
     answers: spans of characters in `text`, first to one past the last, in order; a model is to predict each from all
-    that stands before it. group: what accuracies are told apart by, such as `(("exposures", 4),)`.
+    that stands before it. group: what accuracies are told apart by, such as `(("exposures", 4),)`. chance: share of its
+    answers that somebody gets right who knows the format and guesses. control: left out of the task's score, as its
+    answers are no matter of the ability: nobody can know them, or training told them word for word.
     """
 
     text: str
     answers: tuple[tuple[int, int], ...]
     group: tuple[tuple[str, int | float | str], ...] = ()
+    chance: float = 0.0
+    control: bool = False
 
 
 class Task(Protocol):
@@ -30,4 +34,4 @@ class Task(Protocol):
         """Documents of about `n_bytes` in sum; the same ones for the same arguments."""
 
     def test(self, n: int, n_bytes: int, seed: int) -> Sequence[Example]:
-        """`n` examples or more for a model that was trained on `training(n_bytes, seed)`."""
+        """About `n` examples for a model that was trained on `training(n_bytes, seed)`, all groups among them."""

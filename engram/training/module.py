@@ -22,9 +22,11 @@ from engram.config import ConfigError, ModelConfig, load_yaml, require
 from engram.parallel.apply import parallelize
 from engram.parallel.mesh import Mesh
 from engram.parallel.prefetch import Prefetch
+from engram.synthetic.examples import Example
 from engram.training.data import TokenData
 from engram.training.identity import require_same_tokenizer, tokenizer_identity
 from engram.training.optim import OptimConfig, build_optimizer, clip_gradients
+from engram.training.probes import Question, ask, questions_of, score
 from engram.training.schedule import multiplier
 from engram.training.windows import sample_windows
 
@@ -62,6 +64,7 @@ class LitEngramLM(lightning.LightningModule):
         self._sums = torch.zeros(0)
         self._random_state: Tensor | None = None
         self._prefetch: Prefetch | None = None
+        self._probes: dict[str, tuple[list[Example], list[Question]]] = {}
 
     @property
     def data(self) -> TokenData:
@@ -205,7 +208,8 @@ class LitEngramLM(lightning.LightningModule):
                 self._sums[:, column].index_add_(0, kind.flatten(), values.flatten())
 
     def on_validation_epoch_end(self) -> None:
-        """Log nats a token and bits a byte, in total, by domain, and for new and repeated pairs of tokens."""
+        """Log nats a token and bits a byte, in total, by domain, and for new and repeated pairs of tokens; and what the
+        model knows of the mixture's tasks."""
         if self._n_ranks > 1:
             torch.distributed.all_reduce(self._sums)
         domains = self.data.domains
@@ -216,7 +220,26 @@ class LitEngramLM(lightning.LightningModule):
             if tokens:
                 values[f"val/nats{name}"] = (nats / tokens).float()
                 values[f"val/bits_per_byte{name}"] = (nats / torch.log(torch.tensor(2.0)) / n_bytes).float()
+        values |= self._probe()
         self.log_dict(values, prog_bar=False)
+
+    def _probe(self) -> dict[str, Tensor]:
+        """Of each task of the mixture the share of right answers, and nats an answer, controls left out."""
+        data, trainer = self.data, self.trainer
+        values = {}
+        for name, portion in data.config.portions().items():
+            if name not in self._probes:
+                examples = portion.examples(data.config.probe_examples, data.config.mixture_seed)
+                examples = [example for example in examples if not example.control]
+                self._probes[name] = examples, questions_of(examples, data.tokenizer, data.eos_id)
+            examples, questions = self._probes[name]
+            size = -(-data.config.batch_size // self._n_ranks)
+            with trainer.precision_plugin.forward_context():
+                answers = ask(self.model, questions, size, rank=trainer.global_rank, n_ranks=self._n_ranks)
+            found = score(examples, answers)
+            values[f"val/probe_{name}"] = torch.tensor(found.accuracy)
+            values[f"val/probe_nats_{name}"] = torch.tensor(found.nats)
+        return values
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a checkpoint must match, the configs and the tokenizer, which also go to the trained model, and the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from engram.config import ConfigError
+from engram.config import ConfigError, require
 from engram.training.corpus import Document
-from engram.training.sources import Source
+from engram.training.sources import MAX_DOMAINS, Source
 from engram.training.tokenizer import byte_counter, eos_id, pad_id
 
 SPLITS = ("train", "validation")
@@ -69,14 +69,19 @@ def write_tokens(
     max_bytes: dict[str, int],
     eos_token: str = "",
     num_proc: int = 1,
+    mixture: Sequence[Document] = (),
 ) -> None:
     """Write the token files of `source`, `tokenizer.json` and `meta.json` into `folder`.
 
     `max_bytes` [split]: whole documents in the source's order until they have this many bytes (0: all of them).
-    `make_tokenizer` is given the training texts in that order; `eos_token` as for `eos_id`. Raises `ConfigError` if a
-    split has no document.
+    `make_tokenizer` is given the training texts in that order; `eos_token` as for `eos_id`. `mixture` are documents of
+    other domains, which are spread evenly over the training split when all that is done. Raises `ConfigError` if a
+    split has no document, or a domain of the mixture is one of the source's.
     """
     scratch = folder / "scratch"
+    domains = (*source.domains, *sorted({document.domain for document in mixture}))
+    require(len(set(domains)) == len(domains), "domains of the corpus", source.domains, "no names of data.mixture")
+    require(len(domains) <= MAX_DOMAINS, "number of domains", len(domains), f"at most {MAX_DOMAINS}")
     tables = {
         "train": _table(source.training(), source.domains, max_bytes["train"], "train", scratch),
         "validation": _table(source.validation(), source.domains, max_bytes["validation"], "validation", scratch),
@@ -85,18 +90,20 @@ def write_tokens(
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.save(str(folder / "tokenizer.json"))
+    if mixture:
+        tables["train"] = _mixed(tables["train"], mixture, domains, scratch)
     eos = eos_id(tokenizer, eos_token)
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     counts = {}
     for split, table in tables.items():
         encoded = _encoded(table, tokenizer, eos, dtype, split, num_proc, scratch)
-        counts[split] = _write_split(folder, split, encoded, dtype, source.domains)
+        counts[split] = _write_split(folder, split, encoded, dtype, domains)
     meta = {
         "corpus_hash": _corpus_hash(tables),
         "source": source.fingerprint,
         "dtype": dtype.name,
-        "domains": list(source.domains),
+        "domains": list(domains),
         "vocab_size": vocab_size,
         "eos_id": eos,
         "pad_id": pad_id(tokenizer, eos),
@@ -118,22 +125,46 @@ def first_bytes(documents: Iterable[Document], limit: int) -> Iterator[Document]
 
 def _table(documents: Iterator[Document], domains: tuple[str, ...], limit: int, split: str, scratch: Path) -> Any:
     """Documents as a `datasets` table on disk: text, domain (its number) and bytes."""
-    import datasets
-
     first = next(documents, None)
     if first is None:
         raise ConfigError(f"the corpus has no {split} document")
 
     def rows() -> Iterator[dict[str, Any]]:
         for document in first_bytes(chain([first], documents), limit):
-            n_bytes = len(document.text.encode())
-            yield {"text": document.text, "domain": domains.index(document.domain), "bytes": n_bytes}
+            yield _row(document, domains)
+
+    return _written_table(rows, split, scratch)
+
+
+def _mixed(table: Any, mixture: Sequence[Document], domains: tuple[str, ...], scratch: Path) -> Any:
+    """The table with the documents of the mixture after rows of its own, by the bytes that came before."""
+    before = np.cumsum(np.asarray(table.with_format("numpy")["bytes"][:]))
+    placed = (len(mixture) * before / before[-1]).round().astype(int)  # documents of the mixture by the end of each row
+
+    def rows() -> Iterator[dict[str, Any]]:
+        taken = 0
+        for row, upto in zip(table, placed, strict=True):
+            yield row
+            for document in mixture[taken:upto]:
+                yield _row(document, domains)
+            taken = upto
+
+    return _written_table(rows, "train-mixed", scratch)
+
+
+def _row(document: Document, domains: tuple[str, ...]) -> dict[str, Any]:
+    n_bytes = len(document.text.encode())
+    return {"text": document.text, "domain": domains.index(document.domain), "bytes": n_bytes}
+
+
+def _written_table(rows: Callable[[], Iterator[dict[str, Any]]], name: str, scratch: Path) -> Any:
+    import datasets
 
     features = datasets.Features(
         text=datasets.Value("large_string"), domain=datasets.Value("uint8"), bytes=datasets.Value("int64")
     )
     return datasets.Dataset.from_generator(
-        rows, features=features, cache_dir=str(scratch), fingerprint=f"documents-{split}", split=split
+        rows, features=features, cache_dir=str(scratch), fingerprint=f"documents-{name}", split=name.replace("-", "_")
     )
 
 

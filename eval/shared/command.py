@@ -50,7 +50,8 @@ def _ask(question: Question, options: Any) -> int:
     allowed = f"{question.least}" + (" or more" if question.most is None else f" to {question.most}")
     enough = len(paths) >= question.least and (question.most is None or len(paths) <= question.most)
     require(enough, "number of checkpoints", len(paths), allowed)
-    subjects = open_subjects(paths, options.names, options.device, own_text=options.data is None)
+    own_text = options.data is None
+    subjects = open_subjects(paths, options.names, options.device, own_text=own_text, any_text=question.on_text)
     folder = options.output or _folder(options.checkpoint, subjects)
     result = plain(question.measure(Asked(subjects, options)))
     kept = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "against", "output")}

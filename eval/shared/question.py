@@ -48,7 +48,7 @@ class Question:
     name: as in `eval.QUESTIONS`. title: of its section. about: HTML for a reader who did not run it: what was asked and
     how to read the answer. measure: the answer as plain data for JSON. draw: a matplotlib figure of an answer. tables:
     the rest of its section as HTML, made of the answer alone. add_options: options of its own. least, most: how many
-    checkpoints it is asked of.
+    checkpoints it is asked of. on_text: it is asked on held-out or training text, which has to be there.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Question:
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     least: int = 1
     most: int | None = None
+    on_text: bool = True
 
 
 def parser_of(question: Question) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ before the start of a document or window as the hash pads; it is all that an N-g
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -126,6 +127,12 @@ def bin_name(i: int) -> str:
 def stratum_names(hot_from: int) -> list[str]:
     """The strata in words."""
     return ["cold: never seen", f"warm: seen 1 to {hot_from - 1} times", f"hot: {hot_from} times or more"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a question that tells strata apart."""
+    parser.add_argument("--order", type=int, default=0, help="of the suffix N-grams (0: the memory's largest)")
+    parser.add_argument("--hot-from", type=int, default=10, metavar="N", help="times seen that make an N-gram hot")
 
 
 def count_suffixes(held_out: HeldOut, subject: Subject, order: int = 0) -> SuffixCounts:

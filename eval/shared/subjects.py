@@ -29,11 +29,12 @@ from engram.training.windows import sample_windows
 class TrainingRun:
     """What a checkpoint was trained on.
 
-    data: its token files and the order of their windows. samples: windows trained on by then, epochs counted.
-    result: the run's `result.json`; empty if it is not finished.
+    data: its token files and the order of their windows. corpus: hash of their text. samples: windows trained on by
+    then, epochs counted. result: the run's `result.json`; empty if it is not finished.
     """
 
     data: TokenData
+    corpus: str
     samples: int
     result: dict[str, Any]
 
@@ -80,17 +81,22 @@ class Subject:
             "flops_per_token": self.budget.flops,
             "memory": config.memory.kind if config.memory is not None and config.has_memory else None,
             "tokens": None if run is None else run.samples * run.data.config.seq_len,
-            "corpus_hash": None if run is None else run.data.corpus_hash,
+            "corpus_hash": None if run is None else run.corpus,
             "seed": run.result.get("seed") if run is not None else None,
         }
 
 
 def open_subjects(
-    paths: Sequence[Path], names: Sequence[str] = (), device: torch.device | str = "cpu", own_text: bool = True
+    paths: Sequence[Path],
+    names: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    own_text: bool = True,
+    any_text: bool = True,
 ) -> list[Subject]:
     """Open checkpoints: runs' folders, checkpoints' or models'. Their names are those given, or their folders'.
 
     `own_text`: the text that they were trained on is needed; else a run whose text can't be had any more is left out.
+    `any_text`: text is needed at all; else that of runs is not looked for, and may not be what it was.
 
     Raises `ConfigError` naming a path that leads to no model, a run whose corpus can't be had any more, names that are
     too few or equal, and tokenizers that differ.
@@ -98,7 +104,7 @@ def open_subjects(
     require(len(names) in (0, len(paths)), "names", list(names), f"{len(paths)}: one for each checkpoint, or none")
     chosen = list(names) or _names_of(paths)
     require(len(set(chosen)) == len(chosen), "names", chosen, "names that differ")
-    subjects = [_open(name, path, device, own_text) for name, path in zip(chosen, paths, strict=True)]
+    subjects = [_open(name, path, device, own_text, any_text) for name, path in zip(chosen, paths, strict=True)]
     texts = {subject.name: subject.tokenizer.to_str() for subject in subjects if subject.tokenizer is not None}
     for name, text in texts.items():
         first = next(iter(texts))
@@ -115,14 +121,14 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
     return next((names for names in found if len(set(names)) == len(names)), found[-1])
 
 
-def _open(name: str, path: Path, device: torch.device | str, own_text: bool) -> Subject:
+def _open(name: str, path: Path, device: torch.device | str, own_text: bool, any_text: bool) -> Subject:
     model, tokenizer = open_model(path)
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         raise ConfigError(f"device is {str(device)!r}: {str(error).splitlines()[0]}") from error
     try:
-        run = _run_of(path)
+        run = _run_of(path, any_text)
     except ConfigError:
         if own_text:
             raise
@@ -130,7 +136,7 @@ def _open(name: str, path: Path, device: torch.device | str, own_text: bool) -> 
     return Subject(name, path, model, tokenizer, run)
 
 
-def _run_of(path: Path) -> TrainingRun | None:
+def _run_of(path: Path, check: bool) -> TrainingRun | None:
     """The run that a path's model comes from: its own folder, that of its `model`, or that of its checkpoint."""
     folder = next((each for each in (path, *path.resolve().parents[:2]) if (each / "config.yaml").is_file()), None)
     if folder is None:
@@ -148,9 +154,9 @@ def _run_of(path: Path) -> TrainingRun | None:
     else:
         return None
     data = TokenData(config)
-    if data.corpus_hash != corpus:
+    if check and data.corpus_hash != corpus:
         raise ConfigError(
             f"{str(path)!r} was trained on corpus {corpus[:12]}, but data.source {config.source!r} now gives "
             f"{data.corpus_hash[:12]}: name a text to evaluate on with --data"
         )
-    return TrainingRun(data, samples, result)
+    return TrainingRun(data, corpus, samples, result)

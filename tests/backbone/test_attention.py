@@ -9,15 +9,17 @@ from torch import Tensor
 
 from engram.backbone.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from engram.backbone.positions import positions_of
-from engram.config import GQAConfig, MLAConfig
+from engram.config import GQAConfig, MLAConfig, YarnConfig
 
 D, B, T = 32, 2, 17
 GQA = GQAConfig(n_heads=4, n_kv_heads=2, head_dim=8)
 MLA = MLAConfig(n_heads=4, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10, q_lora_rank=14)
+YARN = YarnConfig(factor=8.0, original_max_seq_len=40, beta_fast=6.0)
+ROPES = [(10_000.0, None), (777.0, None), (777.0, YARN)]
 
 
-@pytest.mark.parametrize("theta", [10_000.0, 777.0])
-def test_grouped_query_attention_equals_qwen3(theta: float) -> None:
+@pytest.mark.parametrize(("theta", "yarn"), ROPES)
+def test_grouped_query_attention_equals_qwen3(theta: float, yarn: YarnConfig | None) -> None:
     qwen3 = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
     settings = qwen3.Qwen3Config(
         hidden_size=D,
@@ -25,11 +27,11 @@ def test_grouped_query_attention_equals_qwen3(theta: float) -> None:
         num_key_value_heads=2,
         head_dim=8,
         rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        rope_parameters=_rope(theta, yarn),
         attn_implementation="eager",
     )
     theirs = qwen3.Qwen3Attention(settings, 0)
-    config = replace(GQA, rope_theta=theta)
+    config = replace(GQA, rope_theta=theta, yarn=yarn)
     ours = GroupedQueryAttention(config, D, 1e-6)
     for norm in (ours.q_norm, ours.k_norm):
         torch.nn.init.normal_(norm.weight, 1.0, 0.3)
@@ -44,19 +46,19 @@ def test_grouped_query_attention_equals_qwen3(theta: float) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("theta", [10_000.0, 777.0])
-def test_without_norms_of_queries_and_keys_it_equals_llama(theta: float) -> None:
+@pytest.mark.parametrize(("theta", "yarn"), ROPES)
+def test_without_norms_of_queries_and_keys_it_equals_llama(theta: float, yarn: YarnConfig | None) -> None:
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     settings = llama.LlamaConfig(
         hidden_size=D,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        rope_parameters=_rope(theta, yarn),
         attn_implementation="eager",
     )
     theirs = llama.LlamaAttention(settings, 0)
-    config = replace(GQA, qk_norm=False, rope_theta=theta)
+    config = replace(GQA, qk_norm=False, rope_theta=theta, yarn=yarn)
     ours = GroupedQueryAttention(config, D, 1e-6)
     assert {name for name, _ in ours.named_parameters()} == {"qkv.weight", "out.weight"}
     _copy_projections(ours, theirs)
@@ -67,10 +69,11 @@ def test_without_norms_of_queries_and_keys_it_equals_llama(theta: float) -> None
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("q_lora_rank", "theta"), [(0, 10_000.0), (14, 777.0)])
-def test_latent_attention_equals_deepseek_v3(q_lora_rank: int, theta: float) -> None:
+@pytest.mark.parametrize(("theta", "yarn"), ROPES)
+@pytest.mark.parametrize("q_lora_rank", [0, 14])
+def test_latent_attention_equals_deepseek_v3(q_lora_rank: int, theta: float, yarn: YarnConfig | None) -> None:
     deepseek = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
-    config = replace(MLA, q_lora_rank=q_lora_rank, rope_theta=theta)
+    config = replace(MLA, q_lora_rank=q_lora_rank, rope_theta=theta, yarn=yarn)
     settings = deepseek.DeepseekV3Config(
         hidden_size=D,
         num_attention_heads=4,
@@ -82,7 +85,8 @@ def test_latent_attention_equals_deepseek_v3(q_lora_rank: int, theta: float) -> 
         v_head_dim=10,
         rope_interleave=False,
         attn_implementation="eager",
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        # By mscale_all_dim the temperature is that of the whole score, of which rotated channels are a part.
+        rope_parameters={**_rope(theta, yarn), "mscale": 1.0, "mscale_all_dim": 1.0},
     )
     theirs = deepseek.DeepseekV3Attention(settings, 0)
     ours = MultiHeadLatentAttention(config, D, 1e-6)
@@ -118,6 +122,20 @@ def test_a_document_in_a_window_is_attended_as_if_alone(kind: str) -> None:
     for start, end in ((0, 5), (5, 13), (13, 17)):
         alone = layer(x[:, start:end], positions_of(ids[:, start:end], None, config))
         torch.testing.assert_close(together[:, start:end], alone, rtol=1e-5, atol=1e-5)
+
+
+def _rope(theta: float, yarn: YarnConfig | None) -> dict[str, Any]:
+    """The `rope_parameters` of transformers."""
+    if yarn is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_seq_len,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+    }
 
 
 def _copy_projections(ours: GroupedQueryAttention, theirs: Any) -> None:

@@ -142,7 +142,7 @@ def test_a_model_in_bfloat16_decodes_as_it_computes(shape: str) -> None:
     assert (logits - whole).abs().max() < 0.1 * whole.abs().max()
 
 
-@pytest.mark.parametrize("shape", ["plain", "latent", "two memories"])
+@pytest.mark.parametrize("shape", ["plain", "latent", "further", "further, latent", "two memories"])
 def test_one_compiled_step_serves_every_token(shape: str) -> None:
     model, ids = exact(shape), torch.randint(0, V, (2, 12))
     state = model.init_state(2, capacity=16)

@@ -9,9 +9,7 @@ import torch
 from asking import answer_of, held_out_suffixes, seen_in_training
 
 from engram.backbone.positions import positions_of
-from eval.gates import shares_of_updates
 from eval.shared.command import run
-from eval.shared.held_out import HeldOut
 from eval.shared.subjects import open_subjects
 
 TOKENS = 4096
@@ -166,15 +164,3 @@ def test_what_cannot_be_is_refused_in_a_line(
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ")
         assert told in error
-
-
-def test_watching_updates_leaves_the_model_as_it_was(memory_run: Path) -> None:
-    (subject,) = open_subjects([memory_run])
-    batch = HeldOut(subject.run.data, 64).data.val_windows(np.arange(1))
-    with shares_of_updates(subject.model) as shares:
-        subject.model.run(batch["tokens"], batch["document_ids"])
-        assert list(shares) == [1]
-    assert all("add_to" not in vars(memory) for memory in subject.model.memory.values())
-    shares.clear()
-    subject.model.run(batch["tokens"], batch["document_ids"])
-    assert not shares

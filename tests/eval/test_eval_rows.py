@@ -17,7 +17,7 @@ from engram.inference.offload import quantize
 from eval.rows import NgramCounts, layers_of, measure
 from eval.shared.command import plain, run
 from eval.shared.question import Asked
-from eval.shared.subjects import Subject, TrainingRun, open_subjects
+from eval.shared.subjects import Subject, open_subjects
 
 STEPS, WINDOWS = 12, 24
 KINDS: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def _asked(subject: Subject, batch_size: int = 0, steps: int = STEPS) -> Asked:
     """As on the command line, of a model that was trained for a few steps of the run alone."""
-    run = TrainingRun(subject.run.data, steps * 16, {})
+    run = dataclasses.replace(subject.run, samples=steps * 16)
     options = argparse.Namespace(data=None, tokens=WINDOWS * 64, batch_size=batch_size, device="cpu", bf16=False)
     return Asked([dataclasses.replace(subject, run=run)], options)
 

@@ -89,7 +89,7 @@ def test_windows_of_a_run_are_those_of_its_batches_over_epochs(memory_run: Path)
     times = Counter[bytes]()
     for step in range(steps):
         times.update(row.tobytes() for row in data.train_batch(step)["tokens"].numpy())
-    windows, often = TrainingRun(data, steps * 500, {}).windows()
+    windows, often = TrainingRun(data, data.corpus_hash, steps * 500, {}).windows()
     assert set(often.tolist()) == {2, 3}
     own = Counter[bytes]()
     for row, n in zip(data.train_windows(windows)["tokens"].numpy(), often.tolist(), strict=True):

@@ -44,8 +44,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(name: str, cache: Path) -> Path:
-    """The folder of a trained model's run: from the cache, or trained now (about ten seconds)."""
+def train(name: str, cache: Path, **data_settings: Any) -> Path:
+    """The folder of a trained model's run: from the cache, or trained now (about ten seconds). Settings are of data."""
     data = {
         "source": "files",
         "files": [str(_texts(cache, "train", ("email", "asyncio", "http", "logging", "unittest")))],
@@ -56,6 +56,7 @@ def train(name: str, cache: Path) -> Path:
         "batch_size": BATCH,
         "val_tokens": 16 * 1024,
         "cache_dir": str(cache / "data"),
+        **data_settings,
     }
     settings = {
         "seed_everything": 0,

@@ -242,6 +242,9 @@ def test_the_report_holds_every_number_and_needs_no_other_file(trained: tuple[Sw
     assert by_point[plan.points()[0].name]["data"]["corpus_hash"] in page
     assert "capacity_one" in page
     assert (plan.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "Loss at equal wall-clock" in page
+    assert "same ability" not in page  # nothing was probed
+    assert not (plan.folder / "probes.png").exists()
 
 
 def test_rows_survive_their_csv(trained: tuple[SweepPlan, Path]) -> None:

@@ -1,0 +1,146 @@
+"""Fact recall: who has which colour, animal, town or trade, told some exact number of times and asked once.
+
+Made after bioS of "Physics of Language Models" (arXiv:2309.14316, arXiv:2404.05405), where each attribute of a
+made-up person is drawn evenly from a closed set, so that what is recalled beyond chance was stored by the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar, NamedTuple
+
+from engram.config import require
+from engram.synthetic.examples import Example
+from engram.synthetic.words import nonce_words
+
+VALUES = {
+    "colour": "red blue green black white brown pink grey gold silver purple orange yellow violet scarlet ivory",
+    "animal": "dog cat horse cow wolf bear fox lion goat sheep mouse eagle snake whale tiger rabbit",
+    "town": "paris london rome berlin madrid vienna dublin oslo cairo delhi tokyo moscow boston lima prague athens",
+    "trade": "baker smith farmer doctor teacher lawyer painter tailor singer miner sailor pilot cook clerk judge guard",
+}
+# The entity right before the value, so that the last tokens tell it; or at the start, with the same words after it.
+TEMPLATES = {
+    "near": ("List of {relation}s by name: {entity} {value}.", "Their {relation}, as we heard: {entity} {value}."),
+    "far": (
+        "{entity} told us in passing that the one {relation} to remember must be {value}.",
+        "{entity} wrote in a letter home that no {relation} is quite like {value}.",
+    ),
+}
+SIBLINGS = 4  # entities that share a given name, and as many that share a family name
+
+
+class Fact(NamedTuple):
+    """What is told of an entity, which has no other fact.
+
+    place: of the entity in the sentence, a key of `TEMPLATES`. names: `own`, a family name that no other entity has, or
+    `shared`, where only given and family name together tell the entity.
+    """
+
+    entity: str
+    relation: str
+    value: str
+    place: str
+    names: str
+    exposures: int
+
+    def sentence(self, template: int) -> str:
+        """One of the ways to say it."""
+        text = TEMPLATES[self.place][template].format(relation=self.relation, entity=self.entity, value=self.value)
+        return text[0].upper() + text[1:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Facts, of each number of `exposures` equally many; a control is about entities that are never told of.
+
+    What an N-gram table can do here: the row of the last two or three tokens tells a `near` fact with `own` names, as
+    far as the tokenizer has the family name in so many tokens. It doesn't tell facts of `shared` names, whose given
+    name stands further away, nor `far` ones, whose last tokens are the same in all sentences: for those a model has to
+    bring the name to where it is needed by attention. Values are drawn without regard to names, so no part of a shared
+    name says more of the value than that few facts have it. A guess knows the relation and its 16 values.
+
+    A document tells of about `document_bytes` / 60 facts, and of none twice.
+    """
+
+    name: ClassVar[str] = "facts"
+    exposures: tuple[int, ...] = (1, 4, 16, 64)
+    document_bytes: int = 300
+
+    def __post_init__(self) -> None:
+        allowed = "different numbers, 1 or more"
+        good = len(self.exposures) > 0 and min(self.exposures) >= 1 and len(set(self.exposures)) == len(self.exposures)
+        require(good, "facts.exposures", self.exposures, allowed)
+        require(self.document_bytes >= 1, "facts.document_bytes", self.document_bytes, "1 or more")
+
+    def facts(self, n_bytes: int, seed: int) -> list[Fact]:
+        """All that are told in `n_bytes` of documents, and a control for each of one number of exposures."""
+        kinds = [(place, names) for place in TEMPLATES for names in ("own", "shared")]
+        levels = (0, *self.exposures)
+        n = max(1, round(n_bytes / (sum(self.exposures) * len(kinds) * _MEAN_BYTES)))
+        random = Random(f"facts {seed}")
+        cells = [(place, names, level) for place, names in kinds for level in levels for _ in range(n)]
+        entities = _Entities(cells, random)
+        facts = []
+        for place, names, level in cells:
+            relation = random.choice(list(VALUES))
+            value = random.choice(VALUES[relation].split())
+            facts.append(Fact(entities.next(names), relation, value, place, names, level))
+        return facts
+
+    def training(self, n_bytes: int, seed: int) -> Iterator[str]:
+        """Documents in which each fact is told as often as its exposures say."""
+        facts, random = self.facts(n_bytes, seed), Random(f"facts told {seed}")
+        told = sum(fact.exposures for fact in facts)
+        n = max(round(told * _MEAN_BYTES / self.document_bytes), *self.exposures)
+        documents: list[list[str]] = [[] for _ in range(n)]
+        for fact in facts:
+            for document in random.sample(documents, fact.exposures):
+                document.append(fact.sentence(random.randrange(2)))
+        for document in documents:
+            random.shuffle(document)
+            if document:
+                yield "\n".join(document) + "\n"
+
+    def test(self, n: int, n_bytes: int, seed: int) -> Sequence[Example]:
+        """One question about each fact, or about as many of each kind and number of exposures."""
+        facts, random = self.facts(n_bytes, seed), Random(f"facts asked {seed}")
+        kinds: dict[tuple[str, str, int], list[Fact]] = {}
+        for fact in facts:
+            kinds.setdefault((fact.place, fact.names, fact.exposures), []).append(fact)
+        each = -(-n // len(kinds))
+        return [_question(fact, random.randrange(2)) for members in kinds.values() for fact in members[:each]]
+
+
+_MEAN_BYTES = 65  # of a sentence
+
+
+class _Entities:
+    """Names: of so many entities that share theirs as there are facts about them, and of any that don't."""
+
+    def __init__(self, cells: Sequence[tuple[str, str, int]], random: Random) -> None:
+        n_shared = sum(names == "shared" for _, names, _ in cells)
+        n_own = len(cells) - n_shared
+        side = max(SIBLINGS, -(-n_shared // SIBLINGS))
+        words = nonce_words(2 * side + n_own, random)
+        given, family, self._own = words[:side], words[side : 2 * side], words[2 * side :]
+        self._given, self._random = given, random
+        # Each given name goes with SIBLINGS family names, and each family name with as many given ones.
+        pairs = [(g, (g + i * (side // SIBLINGS)) % side) for g in range(side) for i in range(SIBLINGS)]
+        self._shared = [f"{given[g]} {family[f]}" for g, f in random.sample(pairs, len(pairs))]
+
+    def next(self, names: str) -> str:
+        """The name of an entity that had no turn yet."""
+        if names == "own":
+            return f"{self._random.choice(self._given)} {self._own.pop()}".title()
+        return self._shared.pop().title()
+
+
+def _question(fact: Fact, template: int) -> Example:
+    sentence = fact.sentence(template)
+    end = sentence.rindex(fact.value) + len(fact.value)
+    group = (("exposures", fact.exposures), ("place", fact.place), ("names", fact.names))
+    chance = 1 / len(VALUES[fact.relation].split())
+    return Example(sentence[:end], ((end - len(fact.value), end),), group, chance, control=fact.exposures == 0)
