@@ -24,7 +24,7 @@ from eval.shared.command import main
 from eval.shared.held_out import HeldOut
 from eval.shared.page import interval
 from eval.shared.question import Asked, Question, Result
-from eval.shared.strata import SuffixCounts, add_options, count_suffixes, stratum_names
+from eval.shared.strata import SuffixCounts, add_options, bin_name, binned, count_suffixes, stratum_names
 from eval.shared.subjects import Subject
 
 _ABOUT = """<p>How well each checkpoint predicts text that none was trained on. Lower is better. Tokens are told apart
@@ -54,18 +54,9 @@ def groups_of(held_out: HeldOut, suffixes: SuffixCounts, hot_from: int) -> dict[
         "domain": {name: text["domains"] == i for i, name in enumerate(held_out.domains)},
         "pair": {"new pairs": text["repeated"] == 0, "repeated pairs": text["repeated"] == 1},
         "stratum": {name: strata == i for i, name in enumerate(stratum_names(hot_from))},
-        "count": {_count_name(i): _logarithms(counts) == i for i in range(int(_logarithms(counts).max()) + 1)},
+        "count": {bin_name(i): binned(counts) == i for i in range(int(binned(counts).max()) + 1)},
     }
     return {kind: {name: who for name, who in named.items() if who.any()} for kind, named in groups.items()}
-
-
-def _logarithms(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0 for 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, ..."""
-    return np.frexp(counts)[1].astype(np.int64)
-
-
-def _count_name(i: int) -> str:
-    return str(i) if i < 2 else f"{2 ** (i - 1)} to {2**i - 1}"
 
 
 class Groups:

@@ -8,12 +8,14 @@ before the start of a document or window as the hash pads; it is all that an N-g
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram.config import require
+from engram.training.data import Batch
 from eval.shared.held_out import HeldOut
 from eval.shared.progress import shown
 from eval.shared.subjects import Subject
@@ -24,40 +26,65 @@ _WINDOWS = 4096  # of the training split, at once
 
 
 class Suffixes:
-    """The distinct suffix N-grams of some text, numbered, with their number for any other text.
+    """The distinct suffix N-grams of a text that may grow, numbered, with their number for any other text.
 
     Exact at any order: a suffix of n ids is the number of its last n - 1 and one id more.
 
     Args:
-        ids: canonical ids `[windows, T]`, and `documents` theirs; N-grams don't cross a change of document.
         order: N, 1 or more.
         pad_id: stands for what is before a document or window.
+        n_ids: ids of the text lie below it, as `pad_id` does.
     """
 
-    def __init__(self, ids: Ints, documents: Ints, order: int, pad_id: int) -> None:
-        self.order, self._pad_id = order, pad_id
-        self._size = int(max(ids.max(initial=0), pad_id)) + 1
-        self._known: list[Ints] = []
-        numbers = np.zeros(ids.shape, np.int64)
-        for shifted in self._shifted(ids, documents):
-            keys, numbers = np.unique(numbers * self._size + shifted, return_inverse=True)
-            numbers = numbers.reshape(ids.shape)
-            self._known.append(keys)
-        self.numbers = numbers
+    def __init__(self, order: int, pad_id: int, n_ids: int) -> None:
+        self.order, self._pad_id, self._size = order, pad_id, n_ids
+        none = np.zeros(0, np.int64)
+        self._known = [(none, none)] * order  # ascending keys of the suffixes of 1, 2, ... ids, and their numbers
 
     def __len__(self) -> int:
-        return len(self._known[-1])
+        return len(self._known[-1][0])
+
+    def add(self, ids: Ints, documents: Ints) -> Ints:
+        """The number of each suffix of some more text `[windows, T]`; new ones get the next numbers.
+
+        `ids` are canonical; N-grams don't cross a change in `documents`.
+        """
+        numbers = np.zeros(ids.shape, np.int64)
+        for n, shifted in enumerate(self._shifted(ids, documents)):
+            keys, known = self._known[n]
+            every: Ints = numbers * self._size + shifted
+            wanted, place = np.unique(every, return_inverse=True)
+            new = ~np.isin(wanted, keys, assume_unique=True)
+            at = np.searchsorted(keys, wanted)
+            keys = np.insert(keys, at[new], wanted[new])
+            known = np.insert(known, at[new], len(known) + np.arange(new.sum()))
+            self._known[n] = keys, known
+            numbers = known[np.searchsorted(keys, wanted)][place].reshape(ids.shape)
+        return numbers
 
     def find(self, ids: Ints, documents: Ints) -> Ints:
         """The number of each suffix of another text `[windows, T]`; -1 for those that this text has not."""
         numbers = np.zeros(ids.shape, np.int64)
-        there = ids < self._size
-        for keys, shifted in zip(self._known, self._shifted(ids, documents), strict=True):
+        there = (ids < self._size) & (len(self) > 0)
+        if not there.any():
+            return numbers - 1
+        for (keys, known), shifted in zip(self._known, self._shifted(ids, documents), strict=True):
             wanted = numbers * self._size + shifted
-            numbers = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-            there &= (keys[numbers] == wanted) & (shifted < self._size)
-            numbers[~there] = 0
+            at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+            there &= (keys[at] == wanted) & (shifted < self._size)
+            numbers = np.where(there, known[at], 0)
         return np.where(there, numbers, -1)
+
+    def ids(self) -> Ints:
+        """The ids of all N-grams by number, `[len, N]`, as in text: the last id last."""
+        found = np.empty((len(self), self.order), np.int64)
+        numbers = np.arange(len(self))
+        for n in range(self.order - 1, -1, -1):
+            keys, known = self._known[n]
+            by_number = np.empty_like(keys)
+            by_number[known] = keys
+            numbers, found[:, self.order - 1 - n] = np.divmod(by_number[numbers], self._size)
+        return found
 
     def _shifted(self, ids: Ints, documents: Ints) -> list[Ints]:
         """Ids as they were 0, 1, ... N-1 positions ago."""
@@ -87,6 +114,16 @@ class SuffixCounts:
         return (self.counts > 0).astype(np.int64) + (self.counts >= hot_from)
 
 
+def binned(counts: Ints) -> Ints:
+    """The bin of each count: 0 for 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, ..."""
+    return np.frexp(counts)[1].astype(np.int64)
+
+
+def bin_name(i: int) -> str:
+    """The counts of a bin in words."""
+    return str(i) if i < 2 else f"{2 ** (i - 1)} to {2**i - 1}"
+
+
 def stratum_names(hot_from: int) -> list[str]:
     """The strata in words."""
     return ["cold: never seen", f"warm: seen 1 to {hot_from - 1} times", f"hot: {hot_from} times or more"]
@@ -109,22 +146,34 @@ def count_suffixes(held_out: HeldOut, subject: Subject, order: int = 0) -> Suffi
     order = order or (memory.orders[-1] if memory is not None else _USUAL_ORDER)
     require(order >= 1, "order", order, "1 or more (0: the memory's largest)")
     data = held_out.data if subject.run is None else subject.run.data
+    lookup = None if memory is not None and not memory.compress else data.compressor().lookup.numpy()
+    pad_id = data.pad_id if lookup is None else int(lookup[data.pad_id])
+    text = held_out.whole()
+    ids = _canonical(text["tokens"], lookup)
+    suffixes = Suffixes(order, pad_id, int(max(ids.max(), pad_id)) + 1)
+    numbers = suffixes.add(ids, text["document_ids"])
+    seen = np.zeros(len(suffixes), np.int64)
+    for part, times in trained_on(held_out, subject, "N-grams of the training text"):
+        found = suffixes.find(_canonical(part["tokens"].numpy(), lookup), part["document_ids"].numpy())
+        weights = np.broadcast_to(times[:, None], found.shape)
+        # Sums of float64 are exact up to 2**53.
+        seen += np.bincount(found[found >= 0], weights[found >= 0], len(seen)).astype(np.int64)
+    return SuffixCounts(order, seen[numbers], numbers)
+
+
+def trained_on(held_out: HeldOut, subject: Subject, about: str, batch_size: int = 0) -> Iterator[tuple[Batch, Ints]]:
+    """Windows of the training split that a checkpoint was trained on, in batches, and how often each was.
+
+    For a checkpoint whose run is not known, all windows of the training split of the text's data, once.
+    """
+    data = held_out.data if subject.run is None else subject.run.data
     if subject.run is None:
         windows, times = np.arange(data.n_train_windows), np.ones(data.n_train_windows, np.int64)
     else:
         windows, times = subject.run.windows()
-    lookup = None if memory is not None and not memory.compress else data.compressor().lookup.numpy()
-    pad_id = data.pad_id if lookup is None else int(lookup[data.pad_id])
-    text = held_out.whole()
-    suffixes = Suffixes(_canonical(text["tokens"], lookup), text["document_ids"], order, pad_id)
-    seen = np.zeros(len(suffixes), np.int64)
-    for start in shown(range(0, len(windows), _WINDOWS), "N-grams of the training text"):
-        part = data.train_windows(windows[start : start + _WINDOWS])
-        found = suffixes.find(_canonical(part["tokens"].numpy(), lookup), part["document_ids"].numpy())
-        weights = np.broadcast_to(times[start : start + _WINDOWS, None], found.shape)
-        # Sums of float64 are exact up to 2**53.
-        seen += np.bincount(found[found >= 0], weights[found >= 0], len(seen)).astype(np.int64)
-    return SuffixCounts(order, seen[suffixes.numbers], suffixes.numbers)
+    size = batch_size or _WINDOWS
+    for start in shown(range(0, len(windows), size), about):
+        yield data.train_windows(windows[start : start + size]), times[start : start + size]
 
 
 def _canonical(ids: Ints, lookup: Ints | None) -> Ints:

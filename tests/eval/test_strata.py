@@ -35,18 +35,36 @@ def _plain(ids: np.ndarray, documents: np.ndarray, order: int) -> list[tuple[int
 @given(Windows, Windows, st.integers(1, 4))
 def test_two_positions_have_one_number_just_if_their_n_grams_are_the_same(known, other, order) -> None:
     ids, documents = _arrays(known)
-    known_suffixes = Suffixes(ids, documents, order, 0)
-    names = dict(zip(_plain(ids, documents, order), known_suffixes.numbers.ravel().tolist(), strict=True))
+    known_suffixes = Suffixes(order, 0, 4)
+    numbers = known_suffixes.add(ids, documents).ravel().tolist()
+    names = dict(zip(_plain(ids, documents, order), numbers, strict=True))
     assert len(set(names.values())) == len(names) == len(known_suffixes)
+    assert {tuple(gram): i for i, gram in enumerate(known_suffixes.ids().tolist())} == names
     other_ids, other_documents = _arrays(other)
     found = known_suffixes.find(other_ids, other_documents).ravel().tolist()
     assert found == [names.get(gram, -1) for gram in _plain(other_ids, other_documents, order)]
 
 
+@settings(max_examples=40, deadline=None)
+@given(Windows, Windows, st.integers(1, 4))
+def test_a_text_that_grows_keeps_the_numbers_that_n_grams_have(first, more, order) -> None:
+    grown, names = Suffixes(order, 0, 4), dict[tuple[int, ...], int]()
+    assert (grown.find(*_arrays(first)) == -1).all()
+    for part in (first, more):
+        ids, documents = _arrays(part)
+        found = dict(zip(_plain(ids, documents, order), grown.add(ids, documents).ravel().tolist(), strict=True))
+        assert all(names.get(gram, number) == number for gram, number in found.items())
+        names |= found
+    assert sorted(names.values()) == list(range(len(grown)))
+    assert [tuple(gram) for gram in grown.ids().tolist()] == sorted(names, key=names.__getitem__)
+    assert grown.find(ids, documents).ravel().tolist() == [names[gram] for gram in _plain(ids, documents, order)]
+
+
 def test_an_id_that_the_known_text_has_not_is_not_taken_for_another_n_gram() -> None:
     # As numbers in base 3, (1, 4) and (2, 1) are the same.
     one_document = np.zeros((1, 2), np.int64)
-    known = Suffixes(np.array([[2, 1]]), one_document, 2, 0)
+    known = Suffixes(2, 0, 3)
+    known.add(np.array([[2, 1]]), one_document)
     assert (known.find(np.array([[1, 4]]), one_document) == -1).all()
 
 
@@ -71,7 +89,7 @@ def test_windows_of_a_run_are_those_of_its_batches_over_epochs(memory_run: Path)
     times = Counter[bytes]()
     for step in range(steps):
         times.update(row.tobytes() for row in data.train_batch(step)["tokens"].numpy())
-    windows, often = TrainingRun(data, steps * 500, {}).windows()
+    windows, often = TrainingRun(data, data.corpus_hash, steps * 500, {}).windows()
     assert set(often.tolist()) == {2, 3}
     own = Counter[bytes]()
     for row, n in zip(data.train_windows(windows)["tokens"].numpy(), often.tolist(), strict=True):

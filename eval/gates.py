@@ -1,0 +1,400 @@
+"""Gates of the memory on held-out text: where they open, for which N-grams, and how large the update is.
+
+    python -m eval.gates --checkpoint RUN [--against RUN]
+
+After the gate heat maps of arXiv:2601.07372, section 6; gates by times seen also in arXiv:2601.16531.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engram.config import ConfigError, require
+from engram.memory import Engram
+from engram.pages import GREY, table
+from engram.sweep.fit import Interval
+from engram.training.data import Batch
+from eval.shared.bootstrap import ratios
+from eval.shared.command import main
+from eval.shared.heat_map import Shades, Text, heat_map, side_by_side, visible
+from eval.shared.observe import observed, places_of
+from eval.shared.page import interval
+from eval.shared.pieces import Pieces
+from eval.shared.question import Asked, Question, Result
+from eval.shared.strata import SuffixCounts, bin_name, binned, count_suffixes, stratum_names
+from eval.shared.strata import add_options as add_strata_options
+from eval.shared.subjects import Subject
+
+Floats = NDArray[np.float64]
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+_ABOUT = """<p>Before some blocks a memory adds an update to the hidden state, and a gate between 0 (shut) and 1 (open)
+multiplies what its rows say, for each token and residual branch. A gate alone is not the size of the update, since
+what it multiplies may be small and a convolution follows: the share beside it is the update's length over that of the
+hidden state it is added to. Brackets hold 95&nbsp;% intervals from drawing documents again. Times seen are those of
+the suffix N-gram, which ends in the token itself, in the training of the first checkpoint.</p>"""
+
+
+def gates_and_updates(asked: Asked, subject: Subject) -> Floats:
+    """Of every held-out token, memory and branch the gate and the update's share of the hidden state,
+    `[windows, T, memories, M, 2]`; memories in the order of their blocks."""
+
+    # The hidden state before each memory, and with its update.
+    places = pairwise(places_of(subject.model))
+    pairs = {int(after.depth): (before, after) for before, after in places if after.depth % 1}
+
+    def measure(batch: Batch) -> Tensor:
+        with asked.precision(), observed(subject.model, [*chain(*pairs.values())]) as states:
+            gates = subject.model.run(batch["tokens"], batch["document_ids"]).gates
+        found = []
+        for layer in sorted(gates):
+            before, after = (states[place.name].float() for place in pairs[layer])
+            before, after = (h if h.ndim == 4 else h.unsqueeze(2) for h in (before, after))
+            found.append(torch.stack([gates[layer], (after - before).norm(dim=-1) / before.norm(dim=-1)], -1))
+        return torch.stack(found, 2)
+
+    return asked.held_out.of_each_token(subject, measure, f"gates of {subject.name}")
+
+
+def measure(asked: Asked) -> Result:
+    """Gates by group, their distribution, the N-grams with the most open and most shut ones, and excerpts."""
+    options = asked.options
+    require(options.hot_from >= 2, "hot-from", options.hot_from, "2 or more")
+    for name in ("least", "lists", "excerpt_tokens"):
+        require(getattr(options, name) >= 1, name.replace("_", "-"), getattr(options, name), "1 or more")
+    held_out = asked.held_out
+    allowed = f"0 to {held_out.n_windows}, the windows of the held-out text"
+    require(0 <= options.excerpts <= held_out.n_windows, "excerpts", options.excerpts, allowed)
+    gated = [subject for subject in asked.subjects if _has_gates(subject)]
+    if not gated:
+        without = ", ".join(f"{subject.name} ({_memory_of(subject)})" for subject in asked.subjects)
+        raise ConfigError(f"none of the checkpoints has gates: {without}")
+    suffixes = count_suffixes(held_out, asked.subjects[0], options.order)
+    text, pieces = held_out.whole(), Pieces(held_out.data.tokenizer)
+    documents = np.unique(text["document_ids"], return_inverse=True)[1].ravel()
+    kinds = groups_of(suffixes, options.hot_from)
+    drawn = np.random.default_rng(options.seed).permutation(held_out.n_windows)[: options.excerpts].tolist()
+    spelt = Spelling(suffixes, text["tokens"], text["document_ids"], pieces)
+    answers: dict[str, Any] = {subject.name: {"memory": _memory_of(subject), "gates": []} for subject in asked.subjects}
+    for subject in gated:
+        values = gates_and_updates(asked, subject)
+        layers = sorted(int(name) for name in subject.model.memory)
+        cells = [(i, m) for i in range(values.shape[2]) for m in range(values.shape[3])]
+        columns = np.stack([values[:, :, i, m, k].ravel() for i, m in cells for k in (0, 1)])
+        means = iter(means_by_group(columns, documents, [(len(names), who) for _, names, who in kinds]))
+        answer = answers[subject.name]
+        for i, m in cells:
+            gate, update = values[:, :, i, m, 0], values[:, :, i, m, 1]
+            quantiles = np.quantile(gate, QUANTILES)
+            answer["gates"].append(
+                {
+                    "layer": layers[i],
+                    "branch": m,
+                    "quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=True)),
+                    "gate": next(means),
+                    "update": next(means),
+                    "excerpts": [_rounded(gate[w, : options.excerpt_tokens]) for w in drawn],
+                    "updates": [_rounded(update[w, : options.excerpt_tokens]) for w in drawn],
+                }
+            )
+        answer["ngrams"] = [
+            {"layer": layer, **extremes(values[:, :, i, :, 0].mean(-1), suffixes, spelt, options.least, options.lists)}
+            for i, layer in enumerate(layers)
+        ]
+    return {
+        "order": suffixes.order,
+        "hot_from": options.hot_from,
+        "least": options.least,
+        "counted_in": asked.subjects[0].name,
+        "groups": [
+            {
+                "kind": kind,
+                "name": name,
+                "tokens": int((who == i).sum()),
+                "documents": len(np.unique(documents[who == i])),
+                "ngrams": len(np.unique(suffixes.numbers.ravel()[who == i])),
+            }
+            for kind, names, who in kinds
+            for i, name in enumerate(names)
+        ],
+        "excerpts": {
+            "seed": options.seed,
+            "of_windows": held_out.n_windows,
+            "windows": drawn,
+            "pieces": [pieces(text["tokens"][w, : options.excerpt_tokens]) for w in drawn],
+            "seen": [suffixes.counts[w, : options.excerpt_tokens] for w in drawn],
+        },
+        "checkpoints": answers,
+    }
+
+
+def _has_gates(subject: Subject) -> bool:
+    return any(isinstance(memory, Engram) for memory in subject.model.memories().values())
+
+
+def _memory_of(subject: Subject) -> str:
+    config = subject.model.config
+    return config.memory.kind if config.memory is not None and config.has_memory else "no memory"
+
+
+def _rounded(values: Floats) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def groups_of(suffixes: SuffixCounts, hot_from: int) -> list[tuple[str, list[str], NDArray[np.int64]]]:
+    """Kinds of groups, the names of each, and of each token `[tokens]` the number of its group."""
+    counts = suffixes.counts.ravel()
+    bins = binned(counts)
+    return [
+        ("all", ["all tokens"], np.zeros_like(counts)),
+        ("stratum", stratum_names(hot_from), suffixes.strata(hot_from).ravel()),
+        ("count", [bin_name(i) for i in range(int(bins.max()) + 1)], bins),
+    ]
+
+
+def means_by_group(
+    columns: Floats, documents: NDArray[np.int64], kinds: Sequence[tuple[int, NDArray[np.int64]]]
+) -> list[list[Interval]]:
+    """For each of the columns `[C, tokens]` its mean over each group of each kind, with intervals over documents, which
+    are numbered from 0. A kind is a number of groups, and of each token the number of its group."""
+    n_documents = int(documents.max()) + 1
+    summed = []
+    for values in (np.ones_like(columns[0]), *columns):
+        parts = []
+        for n, who in kinds:
+            sums = np.bincount(documents * n + who, values, n_documents * n)
+            parts.append(sums.reshape(n_documents, n))
+        summed.append(np.concatenate(parts, 1))
+    tokens, G = summed[0], summed[0].shape[1]
+    found = ratios(np.concatenate(summed[1:], 1), np.tile(tokens, (1, len(columns))))
+    return [found[start : start + G] for start in range(0, len(found), G)]
+
+
+class Spelling:
+    """N-grams of a held-out text by number, as they are spelt where they stand first."""
+
+    def __init__(
+        self, suffixes: SuffixCounts, ids: NDArray[np.int64], documents: NDArray[np.int64], pieces: Pieces
+    ) -> None:
+        self._ids, self._documents, self._pieces, self._order = ids, documents, pieces, suffixes.order
+        self._first = np.unique(suffixes.numbers, return_index=True)[1]
+
+    def __call__(self, number: int) -> list[str]:
+        """Tokens as text; fewer than N where the N-gram begins before the start of its document or window."""
+        window, t = divmod(int(self._first[number]), self._ids.shape[1])
+        start = max(0, t - self._order + 1)
+        inside = self._documents[window, start : t + 1] == self._documents[window, t]
+        return self._pieces(self._ids[window, start : t + 1][inside])
+
+
+def extremes(gate: Floats, suffixes: SuffixCounts, spelt: Spelling, least: int, lists: int) -> dict[str, Any]:
+    """The N-grams, of those that stand `least` times in the text, over which a gate `[windows, T]` is largest and
+    smallest in the mean."""
+    numbers = suffixes.numbers.ravel()
+    times = np.bincount(numbers)
+    means = np.bincount(numbers, gate.ravel()) / times
+    spread = np.sqrt(np.maximum(np.bincount(numbers, gate.ravel() ** 2) / times - means**2, 0))
+    seen = np.zeros_like(times)
+    seen[numbers] = suffixes.counts.ravel()
+    often = np.flatnonzero(times >= least)
+    ascending = often[np.argsort(means[often], kind="stable")]
+
+    def told(which: NDArray[np.int64]) -> list[dict[str, Any]]:
+        return [
+            {
+                "tokens": spelt(number),
+                "mean": float(means[number]),
+                "spread": float(spread[number]),
+                "times": int(times[number]),
+                "seen": int(seen[number]),
+            }
+            for number in which
+        ]
+
+    return {"ngrams": len(often), "open": told(ascending[::-1][:lists]), "shut": told(ascending[:lists])}
+
+
+def _label(cell: dict[str, Any], several: bool) -> str:
+    return f"block {cell['layer']}" + (f", branch {cell['branch']}" if several else "")
+
+
+def _labels(answer: dict[str, Any]) -> list[str]:
+    several = any(cell["branch"] for cell in answer["gates"])
+    return [_label(cell, several) for cell in answer["gates"]]
+
+
+def draw(result: Result) -> Any:
+    """Gate and share of the update against times seen, and how gates are distributed; a column for each checkpoint."""
+    answers = {name: answer for name, answer in result["checkpoints"].items() if answer["gates"]}
+    groups = result["groups"]
+    at = [i for i, group in enumerate(groups) if group["kind"] == "count"]
+    figure, axes = plt.subplots(
+        3, len(answers), figsize=(6.2 * len(answers), 10.5), layout="constrained", squeeze=False, sharey="row"
+    )
+    for column, (name, answer) in zip(axes.T, answers.items(), strict=True):
+        layers = list(dict.fromkeys(cell["layer"] for cell in answer["gates"]))
+        labels = _labels(answer)
+        for cell, label in zip(answer["gates"], labels, strict=True):
+            colour, line = f"C{layers.index(cell['layer'])}", ("-", "--", "-.", ":")[cell["branch"] % 4]
+            for ax, what in zip(column, ("gate", "update"), strict=False):
+                _plot(ax, [cell[what][k] for k in at], label, colour, line)
+        column[0].set_title(name)
+        for ax in column[:2]:
+            ax.set_xticks(range(len(at)), [groups[k]["name"] for k in at], rotation=45, ha="right", fontsize=8)
+            ax.set_xlabel(f"times the suffix {result['order']}-gram was seen in training")
+            ax.grid(alpha=0.25)
+            ax.legend(frameon=False, fontsize=8)
+        shares = column[0].twinx()
+        shares.bar(range(len(at)), [groups[k]["tokens"] / groups[0]["tokens"] for k in at], color=GREY, alpha=0.15)
+        shares.set_ylabel("share of tokens (bars)")
+        keys = {"whislo": "0.05", "q1": "0.25", "med": "0.5", "q3": "0.75", "whishi": "0.95"}
+        boxes = [{key: cell["quantiles"][q] for key, q in keys.items()} for cell in answer["gates"]]
+        column[2].bxp(boxes, showfliers=False, orientation="vertical", widths=0.5)
+        column[2].set_xticks(range(1, len(labels) + 1), labels, rotation=20, ha="right", fontsize=8)
+        column[2].grid(alpha=0.25)
+    for ax, label in zip(
+        axes[:, 0],
+        ("mean gate", "mean |update| / |hidden state|", "gate: 5, 25, 50, 75 and 95 % of tokens below"),
+        strict=True,
+    ):
+        ax.set_ylabel(label)
+    return figure
+
+
+def _plot(ax: Any, intervals: list[dict[str, float | None]], label: str, colour: str, line: str) -> None:
+    values = np.array([[np.nan if v is None else v for v in each.values()] for each in intervals])
+    errors = np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])
+    ax.errorbar(
+        np.arange(len(values)), values[:, 0], errors, fmt=f"o{line}", ms=3, capsize=2, color=colour, label=label
+    )
+
+
+def tables(result: Result) -> str:
+    """Means by stratum, distribution, heat maps and N-grams."""
+    answers = result["checkpoints"]
+    without = [f"{html.escape(name)} ({answer['memory']})" for name, answer in answers.items() if not answer["gates"]]
+    gated = {name: answer for name, answer in answers.items() if answer["gates"]}
+    parts = [f"<p>Without gates: {', '.join(without)}.</p>"] if without else []
+    parts += [_means(result, gated), _distribution(gated), _maps(result, gated), _lists(result, gated)]
+    return "\n".join(parts)
+
+
+def _means(result: Result, gated: dict[str, Any]) -> str:
+    at = [i for i, group in enumerate(result["groups"]) if group["kind"] != "count"]
+    names = [
+        f"{html.escape(result['groups'][i]['name'])}<br>{result['groups'][i]['tokens']:,} tokens,"
+        f"<br>{result['groups'][i]['ngrams']:,} {result['order']}-grams"
+        for i in at
+    ]
+    parts = []
+    for what, told in (
+        ("gate", "mean gate"),
+        ("update", "mean length of the update over that of the hidden state"),
+    ):
+        rows = [
+            [f"{html.escape(name)}, {label}", *(interval(cell[what][i], 3) for i in at)]
+            for name, answer in gated.items()
+            for cell, label in zip(answer["gates"], _labels(answer), strict=True)
+        ]
+        parts.append(f"<h3>{told[0].upper() + told[1:]}, by times the suffix {result['order']}-gram was seen</h3>")
+        parts.append(table(["", *names], rows))
+    return "\n".join(parts)
+
+
+def _distribution(gated: dict[str, Any]) -> str:
+    rows = [
+        [f"{html.escape(name)}, {label}", *(f"{value:.3f}" for value in cell["quantiles"].values())]
+        for name, answer in gated.items()
+        for cell, label in zip(answer["gates"], _labels(answer), strict=True)
+    ]
+    head = ["share of tokens below", *(f"{100 * q:g} %" for q in QUANTILES)]
+    return "<h3>Distribution of gates</h3>" + table(head, rows)
+
+
+def _maps(result: Result, gated: dict[str, Any]) -> str:
+    shown = result["excerpts"]
+    if not shown["windows"]:
+        return ""
+    maps = []
+    for k, (name, answer) in enumerate(gated.items()):
+        labels = _labels(answer)
+        choices = [
+            Shades(label, cell["quantiles"]["0.05"], cell["quantiles"]["0.95"], cell["excerpts"])
+            for cell, label in zip(answer["gates"], labels, strict=True)
+        ]
+        texts = [
+            Text(
+                f"window {window}", shown["pieces"][i], [_told(result, answer, labels, i, t) for t in range(len(seen))]
+            )
+            for i, (window, seen) in enumerate(zip(shown["windows"], shown["seen"], strict=True))
+        ]
+        maps.append(heat_map(f"gates{k}", name, choices, texts))
+    about = (
+        f"The first {max(map(len, shown['pieces']))} tokens of {len(shown['windows'])} of the {shown['of_windows']} "
+        f"windows of held-out text, drawn with seed {shown['seed']} and not chosen by what they show. The stronger the "
+        "colour, the more open the gate: white is the value below which 5 % of all held-out tokens are, full colour "
+        "that of 95 %, for each block and branch by itself. Numbers appear where the pointer rests on a token. "
+        "Marks: · space, ⏎ new line, ⇥ tab; \\x.. a byte that is no whole character."
+    )
+    return f"<h3>Gates in text</h3><p>{about}</p>{side_by_side(maps)}"
+
+
+def _told(result: Result, answer: dict[str, Any], labels: list[str], text: int, t: int) -> str:
+    seen = result["excerpts"]["seen"][text][t]
+    lines = [f"token {t}; {result['order']}-gram seen {seen:,} times in training"]
+    for cell, label in zip(answer["gates"], labels, strict=True):
+        lines.append(f"update / hidden, {label}: {cell['updates'][text][t]:.3f}")
+    return "\n".join([*lines, "gate:"])
+
+
+def _lists(result: Result, gated: dict[str, Any]) -> str:
+    N = result["order"]
+    parts = [
+        "<style>.grams td{white-space:nowrap}.grams td:nth-child(5){text-align:left}</style><div class=grams>"
+        f"<h3>{N}-grams that open and shut the gate</h3><p>Means over all places of a {N}-gram in the held-out text, "
+        f"of those with {result['least']} places or more, and over branches; ± is the standard deviation over places, "
+        "and seen how often training met it. "
+        f"{N}-grams that differ by case, accents or white space alone are one to a memory that compresses tokens; the "
+        "spelling is the first in the text. A ▷ stands for the start of a document or window.</p>"
+    ]
+    for name, answer in gated.items():
+        for layer in answer["ngrams"]:
+            parts.append(f"<h4>{html.escape(name)}, block {layer['layer']}: {layer['ngrams']:,} such {N}-grams</h4>")
+            head = ["most open", "gate", "places", "seen", "most shut", "gate", "places", "seen"]
+            pairs = zip(layer["open"], layer["shut"], strict=True)
+            parts.append(table(head, [_ngram(one, N) + _ngram(other, N) for one, other in pairs]))
+    return "\n".join(parts) + "</div>"
+
+
+def _ngram(known: dict[str, Any], order: int) -> list[str]:
+    start = "▷ " if len(known["tokens"]) < order else ""
+    text = "|".join(visible(piece).replace("\n", "") for piece in known["tokens"])
+    gate = f"{known['mean']:.3f} ± {known['spread']:.3f}"
+    return [f"<code>{start}{text}</code>", gate, f"{known['times']:,}", f"{known['seen']:,}"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of strata, lists and excerpts."""
+    add_strata_options(parser)
+    parser.add_argument("--least", type=int, default=5, metavar="N", help="places that a listed N-gram has at least")
+    parser.add_argument("--lists", type=int, default=20, metavar="N", help="N-grams to list")
+    parser.add_argument("--excerpts", type=int, default=4, metavar="N", help="windows to show, drawn by --seed")
+    parser.add_argument("--excerpt-tokens", type=int, default=256, metavar="N", help="of each of them at most")
+    parser.add_argument("--seed", type=int, default=0, help="that draws the windows to show")
+
+
+QUESTION = Question("gates", "Gates: where the memory speaks", _ABOUT, measure, draw, tables, add_options)
+
+if __name__ == "__main__":
+    sys.exit(main(QUESTION))
