@@ -32,6 +32,7 @@ from eval.shared.page import interval
 from eval.shared.progress import shown
 from eval.shared.proportions import proportion
 from eval.shared.question import Asked, Question, Result
+from eval.shared.strata import bin_name, binned
 from eval.shared.subjects import Subject
 
 _ABOUT = """<p>Documents of synthetic tasks were mixed into the training text, and each checkpoint is asked about
@@ -124,8 +125,8 @@ def _by_times_told(
     facts = portion.task.facts(portion.n_bytes, data.config.mixture_seed)
     times = times_told(data, facts, subject.run.windows())
     told = {text: n for fact, n in zip(facts, times, strict=True) for text in questions_about(fact)}
-    level = np.frexp(np.array([told[example.text] for example in examples]))[1][question]
-    names = {i: str(i) if i < 2 else f"{2 ** (i - 1)} to {2**i - 1}" for i in sorted(set(level.tolist()))}
+    level = binned(np.array([told[example.text] for example in examples]))[question]
+    names = {i: bin_name(i) for i in sorted(set(level.tolist()))}
     place = np.array([dict(example.group)["place"] for example in examples])[question]
     groups = {
         ((_REALLY, name), ("place", where)): (level == i) & (place == where)
