@@ -1,6 +1,5 @@
 """A small corpus, and training runs on it that take a second."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_run import MODEL, Run, merge
+from small_run import MODEL, Run, merge, write_texts
 
 from engram.training.main import main
 from engram.training.strategy import MeshStrategy
@@ -16,11 +15,7 @@ from engram.training.strategy import MeshStrategy
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    texts = [f"document {i} tells of {' and '.join(str(i * j) for j in range(1, 3 + i % 9))}\n" for i in range(300)]
-    rows = [json.dumps({"text": text, "kind": ("code", "prose")[i % 2]}) for i, text in enumerate(texts)]
-    (folder / "all.jsonl").write_text("\n".join(rows))
-    return folder
+    return write_texts(tmp_path_factory.mktemp("corpus"), ("code", "prose"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ MODEL = {
     "experts": {"n_experts": 6, "top_k": 2, "width": 16, "shared_width": 16, "score": "sigmoid", "bias_step": 0.01},
     "memory": {"layers": [1], "orders": [2, 3], "n_heads": 2, "row_width": 8, "rows": [97, 131], "eos_id": 1},
 }
+
+
+TEXTS = [f"document {i} tells of {' and '.join(str(i * j) for j in range(1, 3 + i % 9))}\n" for i in range(300)]
+
+
+def write_texts(folder: Path, kinds: Sequence[str]) -> Path:
+    """Write the texts to `all.jsonl` in a folder, of each kind by turns; returns the folder."""
+    rows = [json.dumps({"text": text, "kind": kinds[i % len(kinds)]}) for i, text in enumerate(TEXTS)]
+    (folder / "all.jsonl").write_text("\n".join(rows))
+    return folder
 
 
 @dataclass

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_run import TEXTS, write_texts
 from torch import Tensor
 
 from engram.config import ConfigError, build_config
@@ -20,16 +21,12 @@ from engram.training.data import Batch, DataConfig, TokenData, repeats
 from engram.training.tokenizer import train_bpe
 from engram.training.tokens import TokenFile
 
-TEXTS = [f"document {i} tells of {' and '.join(str(i * j) for j in range(1, 3 + i % 9))}\n" for i in range(300)]
 T = 16
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rows = [json.dumps({"text": text, "kind": "abc"[i % 3]}) for i, text in enumerate(TEXTS)]
-    (folder / "all.jsonl").write_text("\n".join(rows))
-    return folder
+    return write_texts(tmp_path_factory.mktemp("data"), "abc")
 
 
 def config(folder: Path, **changes: object) -> DataConfig:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_run import TEXTS, write_texts
 
 from engram.config import ConfigError, build_config
 from engram.sweep.plan import SweepPlan
@@ -13,7 +14,6 @@ from engram.synthetic.facts import Facts
 from engram.training.data import DataConfig, TokenData
 from engram.training.tokens import TokenFile
 
-TEXTS = [f"document {i} tells of {' and '.join(str(i * j) for j in range(1, 3 + i % 9))}\n" for i in range(300)]
 MIXTURE = {"facts": 30_000, "recall": {"bytes": 3_000, "pairs": [3]}}
 CONFIGS = Path(__file__).parents[2] / "configs"
 # A plan of which version 0.1.0 made the points that a test names.
@@ -38,10 +38,7 @@ PLAN = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rows = [json.dumps({"text": text, "kind": "abc"[i % 3]}) for i, text in enumerate(TEXTS)]
-    (folder / "all.jsonl").write_text("\n".join(rows))
-    return folder
+    return write_texts(tmp_path_factory.mktemp("data"), "abc")
 
 
 def data(folder: Path, **changes: object) -> TokenData:
