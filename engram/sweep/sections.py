@@ -26,9 +26,10 @@ def abilities_section(rows: Sequence[Row], scores: Sequence[Score], measured: Se
     parts = [
         "<h2>Lower loss, same ability?</h2>",
         picture(draw_abilities(rows, scores, measured), "losses and probes against rho"),
-        "<p>A probe asks for answers that its task makes certain, in texts of the task that no run has trained on; "
-        "other texts of it are mixed into the corpus of all runs. The share of right answers counts what a model puts "
-        "first. Nats an answer say how far it is from the right one, and move before the share does.</p>",
+        "<p>A probe asks for answers that its task makes certain. Documents of the task are mixed into the corpus of "
+        "all runs: facts are asked in the sentences that told them, all else in texts drawn anew. The share of right "
+        "answers counts what a model puts first. Nats an answer say how far it is from the right one, and move before "
+        "the share does.</p>",
     ]
     for at, found in least_losses(measured).items():
         rho = found[0].curve.rho
@@ -47,8 +48,8 @@ def abilities_section(rows: Sequence[Row], scores: Sequence[Score], measured: Se
         "<i>better</i> and <i>worse</i> say that one leaves zero out. <i>Not resolved</i> does not mean equal: the "
         "interval says how large a difference may have stayed unseen. Noise is taken to be the same at every rho, so "
         "where a probe is all right or all wrong at some, look at the points in the picture. All runs are asked the "
-        "same questions, and other questions of a task would bring luck of their own. Each row has its own intervals: "
-        "of many rows some miss the truth by chance, one in twenty at most.</p>",
+        "same questions, and other questions of a task would bring luck of their own. Each row has two intervals of "
+        "its own: of many intervals one in twenty, or fewer, miss the truth by chance.</p>",
         "<h3>Share of right answers after the last token, mean ± s.d. over seeds (↑ higher is better)</h3>",
         _all_scores(rows, [s for s in scores if s.task and s.higher_is_better]),
         "<h3>Nats an answer after the last token, mean ± s.d. over seeds (↓ lower is better)</h3>",
