@@ -2,7 +2,7 @@
 
 The task in which networks were first seen to learn a rule long after they had learnt their examples by heart
 (arXiv:2201.02177, arXiv:2301.05217). Numbers are letters, a = 0, as tokenizers cut those of two digits in different
-ways. An N-gram of two or three tokens never holds both numbers.
+ways. The N-gram of three tokens that ends at `=` holds one number alone; the one before it, `a + b`, holds both.
 """
 
 from __future__ import annotations

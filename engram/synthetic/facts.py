@@ -57,10 +57,12 @@ class Facts:
     """Facts, of each number of `exposures` equally many; a control is about entities that are never told of.
 
     What an N-gram table can do here: the row of the last two or three tokens tells a `near` fact with `own` names, as
-    far as the tokenizer has the family name in so many tokens. It doesn't tell facts of `shared` names, whose given
-    name stands further away, nor `far` ones, whose last tokens are the same in all sentences: for those a model has to
-    bring the name to where it is needed by attention. Values are drawn without regard to names, so no part of a shared
-    name says more of the value than that few facts have it. A guess knows the relation and its 16 values.
+    far as the tokenizer has the family name in so many tokens. It doesn't tell `far` ones, whose last tokens are the
+    same in all sentences: for those a model has to bring the name to where it is needed by attention. Of `near` facts
+    with `shared` names it tells what was told most about a family: values are drawn without regard to names, but a fact
+    told 64 times drowns those of its few siblings. The word that most often follows the family name answers 0.28, 0.43,
+    0.62 and 0.89 of those told 1, 4, 16 and 64 times; more than that takes the given name, which stands further away. A
+    guess knows the relation and its 16 values.
 
     A document tells of about `document_bytes` / 60 facts, and of none twice.
     """

@@ -1,7 +1,7 @@
 """Induction: a stretch of random words comes again, and has to be copied from where it came before.
 
 The classic test of induction heads (arXiv:2209.11895): no knowledge of words helps, as stretches are random and the
-nonce words of tests are in no training document.
+nonce words of tests are in none of its training documents (some may be names in those of `facts`).
 """
 
 from __future__ import annotations

@@ -62,6 +62,21 @@ def test_own_family_names_tell_an_entity_and_shared_ones_do_not(facts: list[Fact
     assert max(shared) == max(of_given.values()) == SIBLINGS
 
 
+def test_the_word_before_answers_near_facts_with_shared_names_as_often_as_the_docstring_says() -> None:
+    right: dict[int, list[float]] = {}
+    for seed in range(10):
+        near = [fact for fact in Facts().facts(BYTES, seed) if (fact.place, fact.names) == ("near", "shared")]
+        told: dict[str, Counter[str]] = {}
+        for fact in near:
+            told.setdefault(fact.entity.split()[1], Counter())[fact.value] += fact.exposures
+        for fact in near:
+            followers = told[fact.entity.split()[1]]
+            best = [value for value, n in followers.items() if n == max(followers.values())]
+            right.setdefault(fact.exposures, []).append((fact.value in best) / len(best))
+    for exposures, share in ((1, 0.28), (4, 0.43), (16, 0.62), (64, 0.89)):
+        assert np.mean(right[exposures]) == pytest.approx(share, abs=0.1)
+
+
 @pytest.mark.parametrize("n_bytes", [1, 30_000, 100_000])
 def test_few_facts_have_names_too(n_bytes: int) -> None:
     facts = Facts(exposures=(1, 2)).facts(n_bytes, 0)
