@@ -39,7 +39,7 @@ def read_mixture(settings: Mapping[str, Any], where: str = "mixture") -> dict[st
     for name, value in sorted(settings.items()):  # however the settings were written, the documents are the same
         require(name in TASKS, f"unknown task {where}.{name}", value, "one of " + ", ".join(TASKS))
         own = dict(value) if isinstance(value, Mapping) else {"bytes": value}
-        n_bytes = own.pop("bytes", 0)
+        n_bytes = own.pop("bytes", None)
         whole = isinstance(n_bytes, int) and not isinstance(n_bytes, bool) and n_bytes >= 0
         require(whole, f"{where}.{name}", value, "a number of bytes, or a mapping with `bytes`")
         task: Task = build_config(TASKS[name], own, f"{where}.{name}.")

@@ -200,6 +200,7 @@ def test_a_mixture_has_the_documents_of_its_tasks_in_random_order() -> None:
         ({"facts": -1}, "mixture.facts is -1: allowed is a number of bytes"),
         ({"facts": "1e5"}, "mixture.facts is '1e5': allowed is a number of bytes"),
         ({"facts": True}, "mixture.facts is True"),
+        ({"facts": {"exposures": [1]}}, r"mixture.facts is {'exposures': \[1\]}: allowed is a number of bytes, or a"),
         ({"facts": {"bytes": 100, "exposure": [1]}}, "unknown setting mixture.facts.exposure"),
         ({"facts": {"bytes": 100, "exposures": [2, 2]}}, r"facts.exposures is \(2, 2\)"),
         ({"facts": {"bytes": 100, "document_bytes": 0}}, "facts.document_bytes is 0"),
