@@ -1,7 +1,7 @@
 """Needles in a haystack: facts hidden at chosen depths of a long text, and asked for at its end.
 
 After RULER (arXiv:2404.06654): one needle, one among others, several values of one key, several keys, and variables
-that are set to each other in a chain. Keys are nonce words, and those of tests are in no training document.
+that are set to each other in a chain. Keys are nonce words, and those of tests are in none of its training documents.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Needle:
         require(self.document_bytes >= 1, "needle.document_bytes", self.document_bytes, "1 or more")
 
     def training(self, n_bytes: int, seed: int) -> Iterator[str]:
-        """Documents of all kinds, with needles at any depths."""
+        """Documents of all kinds, with needles at any depths. Raises `ConfigError` where a test has no room in one."""
+        self._require_room()  # here, as a run would else end at its first validation
         random = Random(f"needle {seed}")
         while n_bytes > 0:
             kind, length = random.choice(self.kinds), random.randint(0, self.document_bytes)
@@ -103,6 +104,12 @@ class Needle:
     def n_answers(self, kind: str) -> int:
         """How many answers a question of a kind has."""
         return 1 if kind in ("single", "multi_key") else self.needles
+
+    def _require_room(self) -> None:
+        puzzles = [self._puzzle(kind, [0.0] * self.n_answers(kind), Random(0), part=1) for kind in self.kinds]
+        least = max(_bytes(_written(puzzle, []).text) for puzzle in puzzles)
+        allowed = f"{least}, those of the longest question with its needles, or more"
+        require(self.document_bytes >= least, "needle.document_bytes", self.document_bytes, allowed)
 
     def _any_depths(self, kind: str, random: Random) -> list[float]:
         return [random.random() for _ in range(self.n_answers(kind))]

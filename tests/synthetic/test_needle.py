@@ -171,6 +171,15 @@ def test_a_length_that_cannot_hold_the_question_is_refused_with_one_that_can() -
         TASK.retrieval("multi", [0.5] * 4, 800, len, Random(0))
 
 
+def test_documents_that_are_too_short_for_a_question_are_refused_before_any_is_written() -> None:
+    with pytest.raises(ConfigError, match=r"needle.document_bytes is 200: allowed is \d+, those of") as caught:
+        next(Needle(document_bytes=200).training(1000, 0))
+    least = int(re.findall(r"allowed is (\d+)", str(caught.value))[0])
+    assert max(len(example.text) for example in Needle(document_bytes=least).test(5, 0, 0)) == least
+    with pytest.raises(ConfigError, match="or more"):
+        Needle(document_bytes=least - 1).test(5, 0, 0)
+
+
 class Reader:
     """Stands in for a model: at each token the likeliest next one is that of the text as `write` completes it."""
 
