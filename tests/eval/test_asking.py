@@ -42,6 +42,9 @@ def test_a_model_without_its_run_is_asked_on_a_text_that_is_named(
     first, second = (next(iter(record["result"]["checkpoints"].values()))["nats"][0] for record in (own, named))
     assert first == second
     assert named["checkpoints"][0]["tokens"] is None
+    counted = "in the training split of the text, once, since it is not known what alone was trained on"
+    assert counted in (tmp_path / "named" / "report.html").read_text()
+    assert counted not in (tmp_path / "own" / "report.html").read_text()
 
 
 def test_checkpoints_of_other_tokenizers_and_changed_texts_are_refused(
@@ -55,6 +58,18 @@ def test_checkpoints_of_other_tokenizers_and_changed_texts_are_refused(
     text = (changed / "result.json").read_text()
     (changed / "result.json").write_text(text.replace('"max_bytes": 0', '"max_bytes": 100000'))
     assert "corpus" in _refused(capsys, "loss", "--checkpoint", changed)
+
+
+def test_a_page_warns_of_a_name_that_stands_for_two_checkpoints(
+    memory_run: Path, experts_run: Path, tmp_path: Path
+) -> None:
+    some, page = ("--names", "<it>", "--tokens", "1024"), tmp_path / "report.html"
+    for question in ("loss", "lens"):
+        answer_of(question, tmp_path, memory_run, *some)
+    assert "not the same checkpoint" not in page.read_text()
+    assert page.read_text().count("Asked of: &lt;it&gt;.") == 2
+    answer_of("lens", tmp_path, experts_run, *some)
+    assert "&lt;it&gt;: not the same checkpoint in all sections" in page.read_text()
 
 
 @pytest.mark.parametrize("where", ["model", "checkpoints/step-00000300", "."])
