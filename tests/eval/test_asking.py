@@ -1,7 +1,10 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from asking import answer_of
 
@@ -76,6 +79,28 @@ def test_a_page_warns_of_a_name_that_stands_for_two_checkpoints(
 def test_a_run_is_found_from_any_of_its_folders(memory_run: Path, tmp_path: Path, where: str) -> None:
     record = answer_of("loss", tmp_path, memory_run / where, "--tokens", "1024")
     assert record["checkpoints"][0]["tokens"] == 300 * 16 * 64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_what_the_cpu_gives(told_run: Path, tmp_path: Path) -> None:
+    """In the questions that have no such test of their own."""
+
+    def told(device: str, name: str, *more: str) -> Any:
+        record = answer_of(name, tmp_path / device, told_run, "--names", "here", "--device", device, *more)
+        return record["result"]["checkpoints"]["here"]
+
+    text = ("--tokens", "4096")
+    found = []
+    for device in ("cpu", "cuda"):
+        means = [told(device, "loss", *text)["nats"], *(cell["gate"] for cell in told(device, "gates", *text)["gates"])]
+        means.append(told(device, "probes", "--examples", "50")["facts"]["nats"])
+        needles = [answer["nats"] for answer in told(device, "needle", "--kinds", "single", "--examples", "5")]
+        found.append([known["value"] for each in means for known in each] + needles)
+    np.testing.assert_allclose(*found, rtol=1e-3)
+    one, other = (told(device, "rows", *text)["layers"][0] for device in ("cpu", "cuda"))
+    for what in ("reads", "heads", "orders", "cache"):
+        assert one[what] == other[what]
 
 
 def test_every_question_has_its_file_and_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
