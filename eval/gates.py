@@ -43,7 +43,7 @@ _ABOUT = """<p>Before some blocks a memory adds an update to the hidden state, a
 multiplies what its rows say, for each token and residual branch. A gate alone is not the size of the update, since
 what it multiplies may be small and a convolution follows: the share beside it is the update's length over that of the
 hidden state it is added to. Brackets hold 95&nbsp;% intervals from drawing documents again. Times seen are those of
-the suffix N-gram, which ends in the token itself, in the training of the first checkpoint.</p>"""
+the suffix N-gram, which ends in the token itself.</p>"""
 
 
 def gates_and_updates(asked: Asked, subject: Subject) -> Floats:

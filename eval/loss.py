@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import sys
+from functools import cached_property
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,7 +20,7 @@ from engram.backbone import token_losses
 from engram.config import require
 from engram.pages import table
 from engram.training.data import Batch
-from eval.shared.bootstrap import ratios, sums_by_document
+from eval.shared.bootstrap import ratios
 from eval.shared.command import main
 from eval.shared.held_out import HeldOut
 from eval.shared.page import interval
@@ -69,8 +70,9 @@ class Groups:
         text, named = held_out.whole(), groups_of(held_out, suffixes, hot_from)
         documents, n_bytes = text["target_documents"], text["target_bytes"]
         self.order, self.hot_from, self.n_bytes = suffixes.order, hot_from, n_bytes
-        self._documents = documents.ravel()
-        self._members = np.stack([who.ravel() for each in named.values() for who in each.values()], -1)  # [tokens, G]
+        numbers, self._place = np.unique(documents.ravel(), return_inverse=True)
+        self._n_documents = len(numbers)
+        self._members = [who.ravel() for each in named.values() for who in each.values()]
         self.described = [
             {
                 "kind": kind,
@@ -84,14 +86,16 @@ class Groups:
             for name, who in each.items()
         ]
 
-    @property
+    @cached_property
     def tokens(self) -> NDArray[np.float64]:
         """How many there are `[documents, groups]`."""
-        return self.summed(np.ones(len(self._documents)))
+        return self.summed(np.ones(len(self._place)))
 
     def summed(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Sums of a value of each token `[windows, T]` by document and group, `[documents, groups]`."""
-        return sums_by_document(self._documents, values.ravel()[:, None] * self._members)
+        values = values.ravel()  # a group at a time: all of them at once would be as many copies of the text
+        sums = [np.bincount(self._place[who], values[who], self._n_documents) for who in self._members]
+        return np.stack(sums, -1)
 
 
 def grouped(asked: Asked) -> Groups:

@@ -118,12 +118,12 @@ def _axes(examples: Sequence[Example]) -> list[str]:
 def _by_times_told(
     portion: Portion, data: TokenData, subject: Subject, examples: Sequence[Example], question: NDArray[np.int64]
 ) -> Members:
-    """Groups of facts by how often a run told them; none if the run is not known."""
-    if subject.run is None:
+    """Groups of facts by how often a run told them; none if the run is not known, or was on another text."""
+    if subject.run is None or subject.run.corpus != data.corpus_hash:
         return {}
     assert isinstance(portion.task, Facts)
     facts = portion.task.facts(portion.n_bytes, data.config.mixture_seed)
-    times = times_told(data, facts, subject.run.windows())
+    times = times_told(subject.run.data, facts, subject.run.windows())
     told = {text: n for fact, n in zip(facts, times, strict=True) for text in questions_about(fact)}
     level = binned(np.array([told[example.text] for example in examples]))[question]
     names = {i: bin_name(i) for i in sorted(set(level.tolist()))}

@@ -31,7 +31,7 @@ from eval.shared.subjects import Subject
 from eval.shared.zipf import zipf
 
 Ints = NDArray[np.int64]
-_CHUNK = 2**20  # tokens, N-grams or rows at once
+_CHUNK = 2**20  # N-grams or rows at once
 _CACHES = 31  # sizes, from a thousandth of the rows to all
 _QUANTILES = (0.1, 0.5, 0.9)
 
@@ -133,9 +133,8 @@ def tables_of(asked: Asked, subject: Subject, layers: list[Layer]) -> list[dict[
     held_out, config = asked.held_out, layers[0].reader.config
     grams = {order: NgramCounts(layers[0].reader, order) for order in config.orders}
     reads = [np.zeros(layer.reader.n_rows, np.int64) for layer in layers]
-    data = held_out.data if subject.run is None else subject.run.data
-    batch_size = asked.options.batch_size or max(1, _CHUNK // data.config.seq_len)
-    for part, times in trained_on(held_out, subject, f"rows that {subject.name} read in training", batch_size):
+    about = f"rows that {subject.name} read in training"
+    for part, times in trained_on(held_out, subject, about, asked.options.batch_size):
         for counted in grams.values():
             counted.add(part["tokens"].numpy(), part["document_ids"].numpy(), times)
         for layer, own in zip(layers, reads, strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 from engram.pages import page, table
 from engram.training.atomic import atomic_file
 from eval import QUESTIONS
+from eval.shared.strata import explained
 
 PAGE = "report.html"
 
@@ -24,7 +25,7 @@ def write_page(folder: Path) -> Path:
     """Write the page of a folder's answers; returns its path."""
     records = [_read(folder / f"{name}.json") for name in QUESTIONS if (folder / f"{name}.json").is_file()]
     names = list(dict.fromkeys(checkpoint["name"] for record in records for checkpoint in record["checkpoints"]))
-    parts = [_contents(records), *(part for record in records for part in _section(record, folder))]
+    parts = [_contents(records), _warning(records), *(part for record in records for part in _section(record, folder))]
     with atomic_file(folder / PAGE) as draft:
         draft.write_text(page(" and ".join(names), parts), encoding="utf-8")
     return folder / PAGE
@@ -39,11 +40,25 @@ def _contents(records: Sequence[dict[str, Any]]) -> str:
     return "<ul>" + "".join(items) + "</ul>"
 
 
+def _warning(records: Sequence[dict[str, Any]]) -> str:
+    """What a reader must know if a name stands for different checkpoints in different answers."""
+    known: dict[str, set[tuple[Any, ...]]] = {}
+    for checkpoint in (each for record in records for each in record["checkpoints"]):
+        about = tuple(checkpoint[what] for what in ("total", "active", "tokens", "seed", "corpus_hash"))
+        known.setdefault(checkpoint["name"], set()).add(about)
+    changed = ", ".join(html.escape(name) for name, abouts in known.items() if len(abouts) > 1)
+    told = "not the same checkpoint in all sections: see their &ldquo;Checkpoints and settings&rdquo;"
+    return f"<p><b>{changed}: {told}.</b></p>" if changed else ""
+
+
 def _section(record: dict[str, Any], folder: Path) -> Iterable[str]:
     name = record["question"]
     question = importlib.import_module(f"eval.{name}").QUESTION
     picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-    yield f"<h2 id={name}>{html.escape(question.title)}</h2>{question.about}"
+    names = ", ".join(html.escape(checkpoint["name"]) for checkpoint in record["checkpoints"])
+    yield f"<h2 id={name}>{html.escape(question.title)}</h2><p>Asked of: {names}.</p>{question.about}"
+    if "hot_from" in record["options"]:
+        yield explained(record["result"]["order"], record["options"]["hot_from"], record["checkpoints"][0])
     yield f"<img alt='{html.escape(question.title)}' src='data:image/png;base64,{picture}'>"
     yield question.tables(record["result"])
     yield "<details><summary>Checkpoints and settings</summary>"

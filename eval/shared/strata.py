@@ -8,8 +8,10 @@ before the start of a document or window as the hash pads; it is all that an N-g
 from __future__ import annotations
 
 import argparse
+import html
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ from eval.shared.subjects import Subject
 
 Ints = NDArray[np.int64]
 _USUAL_ORDER = 3  # of the paper's memories
-_WINDOWS = 4096  # of the training split, at once
+_TOKENS = 2**20  # of the training split, at once
 
 
 class Suffixes:
@@ -129,6 +131,19 @@ def stratum_names(hot_from: int) -> list[str]:
     return ["cold: never seen", f"warm: seen 1 to {hot_from - 1} times", f"hot: {hot_from} times or more"]
 
 
+def explained(order: int, hot_from: int, first: dict[str, Any]) -> str:
+    """What a page says of strata, as HTML; `first` is what is known of the checkpoint that they were counted for."""
+    name = html.escape(first["name"])
+    where = f"in the windows that {name} was trained on, each as often as it was"
+    if first["tokens"] is None:
+        where = f"in the training split of the text, once, since it is not known what {name} was trained on"
+    return (
+        f"<p>The suffix {order}-gram of a place in a text is its last {order} tokens, all that an N-gram memory is "
+        f"asked with there. How often training met each is counted {where}: cold ones were never seen, hot ones "
+        f"{hot_from} times or more, and warm ones between.</p>"
+    )
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of a question that tells strata apart."""
     parser.add_argument("--order", type=int, default=0, help="of the suffix N-grams (0: the memory's largest)")
@@ -171,7 +186,7 @@ def trained_on(held_out: HeldOut, subject: Subject, about: str, batch_size: int 
         windows, times = np.arange(data.n_train_windows), np.ones(data.n_train_windows, np.int64)
     else:
         windows, times = subject.run.windows()
-    size = batch_size or _WINDOWS
+    size = batch_size or max(1, _TOKENS // data.config.seq_len)
     for start in shown(range(0, len(windows), size), about):
         yield data.train_windows(windows[start : start + size]), times[start : start + size]
 

@@ -1,7 +1,10 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from asking import answer_of
 
@@ -42,6 +45,9 @@ def test_a_model_without_its_run_is_asked_on_a_text_that_is_named(
     first, second = (next(iter(record["result"]["checkpoints"].values()))["nats"][0] for record in (own, named))
     assert first == second
     assert named["checkpoints"][0]["tokens"] is None
+    counted = "in the training split of the text, once, since it is not known what alone was trained on"
+    assert counted in (tmp_path / "named" / "report.html").read_text()
+    assert counted not in (tmp_path / "own" / "report.html").read_text()
 
 
 def test_checkpoints_of_other_tokenizers_and_changed_texts_are_refused(
@@ -57,10 +63,44 @@ def test_checkpoints_of_other_tokenizers_and_changed_texts_are_refused(
     assert "corpus" in _refused(capsys, "loss", "--checkpoint", changed)
 
 
+def test_a_page_warns_of_a_name_that_stands_for_two_checkpoints(
+    memory_run: Path, experts_run: Path, tmp_path: Path
+) -> None:
+    some, page = ("--names", "<it>", "--tokens", "1024"), tmp_path / "report.html"
+    for question in ("loss", "lens"):
+        answer_of(question, tmp_path, memory_run, *some)
+    assert "not the same checkpoint" not in page.read_text()
+    assert page.read_text().count("Asked of: &lt;it&gt;.") == 2
+    answer_of("lens", tmp_path, experts_run, *some)
+    assert "&lt;it&gt;: not the same checkpoint in all sections" in page.read_text()
+
+
 @pytest.mark.parametrize("where", ["model", "checkpoints/step-00000300", "."])
 def test_a_run_is_found_from_any_of_its_folders(memory_run: Path, tmp_path: Path, where: str) -> None:
     record = answer_of("loss", tmp_path, memory_run / where, "--tokens", "1024")
     assert record["checkpoints"][0]["tokens"] == 300 * 16 * 64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_what_the_cpu_gives(told_run: Path, tmp_path: Path) -> None:
+    """In the questions that have no such test of their own."""
+
+    def told(device: str, name: str, *more: str) -> Any:
+        record = answer_of(name, tmp_path / device, told_run, "--names", "here", "--device", device, *more)
+        return record["result"]["checkpoints"]["here"]
+
+    text = ("--tokens", "4096")
+    found = []
+    for device in ("cpu", "cuda"):
+        means = [told(device, "loss", *text)["nats"], *(cell["gate"] for cell in told(device, "gates", *text)["gates"])]
+        means.append(told(device, "probes", "--examples", "50")["facts"]["nats"])
+        needles = [answer["nats"] for answer in told(device, "needle", "--kinds", "single", "--examples", "5")]
+        found.append([known["value"] for each in means for known in each] + needles)
+    np.testing.assert_allclose(*found, rtol=1e-3)
+    one, other = (told(device, "rows", *text)["layers"][0] for device in ("cpu", "cuda"))
+    for what in ("reads", "heads", "orders", "cache"):
+        assert one[what] == other[what]
 
 
 def test_every_question_has_its_file_and_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,14 +32,16 @@ def test_intervals_agree_with_scipys_bootstrap_of_the_same_ratio() -> None:
     assert found.high == pytest.approx(theirs.high, abs=0.1 * spread)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+@pytest.mark.parametrize("n", [6, 30])
+def test_intervals_hold_the_truth_as_often_as_they_say(n: int) -> None:
+    """Of few documents too, where plain percentiles do in 86 of 100 cases."""
     random = np.random.default_rng(4)
     hits = 0
-    for _ in range(200):
-        effect = random.normal(size=(30, 1))  # tokens of a document are alike: one effect for all of its 50
-        (found,) = ratios((effect * 50), np.full((30, 1), 50.0), draws=400)
+    for _ in range(400):
+        effect = random.normal(size=(n, 1))  # tokens of a document are alike: one effect for all of its 50
+        (found,) = ratios((effect * 50), np.full((n, 1), 50.0), draws=800)
         hits += found.low <= 0 <= found.high
-    assert 0.88 <= hits / 200 <= 0.99
+    assert 0.91 <= hits / 400 <= 0.98
 
 
 def test_what_one_document_alone_tells_of_has_no_interval() -> None:

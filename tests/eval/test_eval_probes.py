@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from asking import answer_of
 from trained import FACTS_BYTES, MIXTURE, OFTEN
 
@@ -107,6 +108,15 @@ def test_times_told_are_those_of_the_texts_of_all_batches(output: Path, told_run
     really = [group for group in groups if "really told" in group["values"]]
     assert sum(group["answers"] for group in really) == len(facts)
     assert {group["values"]["really told"] for group in really} >= {"0", "1"}
+
+
+def test_a_run_on_another_text_was_told_nothing_of_it(told_run: Path, memory_run: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((told_run / "config.yaml").read_text())["data"]["config"]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(settings))
+    more = ("--data", tmp_path / "data.yaml", "--examples", "20", "--tasks", "facts")
+    groups = answer_of("probes", tmp_path, memory_run, *more)["result"]["tasks"]["facts"]["groups"]
+    assert {"exposures": str(OFTEN)} in [group["values"] for group in groups]
+    assert not any("really told" in group["values"] for group in groups)
 
 
 def test_numbers_are_the_same_at_any_batch_size(output: Path, told_run: Path, tmp_path: Path) -> None:
