@@ -72,7 +72,7 @@ class LitEngramLM(lightning.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Make the model, with the token compression of the data's tokenizer."""
+        """Make the model, with the token compression of the data's tokenizer, and the questions of its mixture."""
         if hasattr(self, "model"):
             return
         config, data = self.model_config, self.data
@@ -103,6 +103,11 @@ class LitEngramLM(lightning.LightningModule):
                 self._prefetch = Prefetch(model)
                 data.look_ahead = True
         self.model = model
+        # Now, as questions that the tokenizer can't tell from other text are refused: not after hours of training.
+        for name, portion in data.config.portions().items():
+            examples = portion.examples(data.config.probe_examples, data.config.mixture_seed)
+            examples = [example for example in examples if not example.control]
+            self._probes[name] = examples, questions_of(examples, data.tokenizer, data.eos_id)
 
     @property
     def _mesh(self) -> Mesh | None:
@@ -227,12 +232,7 @@ class LitEngramLM(lightning.LightningModule):
         """Of each task of the mixture the share of right answers, and nats an answer, controls left out."""
         data, trainer = self.data, self.trainer
         values = {}
-        for name, portion in data.config.portions().items():
-            if name not in self._probes:
-                examples = portion.examples(data.config.probe_examples, data.config.mixture_seed)
-                examples = [example for example in examples if not example.control]
-                self._probes[name] = examples, questions_of(examples, data.tokenizer, data.eos_id)
-            examples, questions = self._probes[name]
+        for name, (examples, questions) in self._probes.items():
             size = -(-data.config.batch_size // self._n_ranks)
             with trainer.precision_plugin.forward_context():
                 answers = ask(self.model, questions, size, rank=trainer.global_rank, n_ranks=self._n_ranks)
