@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from small_sweep import FINISH, ScriptExecutor, plan_at, result_of
 
 from engram.cli import main
@@ -186,8 +187,21 @@ def _anything_left_of(session: subprocess.Popen[bytes]) -> bool:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepPlan, Path]:
-    """A sweep trained through the command, one of its points killed on the way and the sweep run again."""
-    plan, path = plan_at(tmp_path_factory.mktemp("sweep"), tokens=8192, evaluations=4)
+    """A sweep trained through the command, one of its points killed on the way and the sweep run again.
+
+    Trained once for all workers of a test run: it is the longest setup there is.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_TESTRUNUID" in os.environ else folder) / "trained-sweep"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "trained").exists():
+            _train_and_report(*plan_at(folder, tokens=8192, evaluations=4))
+            (folder / "trained").touch()
+    return SweepPlan.load(folder / "plan.yaml"), folder / "plan.yaml"
+
+
+def _train_and_report(plan: SweepPlan, path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-m", "engram.cli", "sweep", "run", str(path)], start_new_session=True)
     deadline = time.monotonic() + 200
     checkpoints = plan.points()[0].folder / "checkpoints"
@@ -197,7 +211,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepPlan, Path]:
     process.wait()
     assert main(["sweep", "run", str(path)]) == 0
     assert main(["sweep", "report", str(path)]) == 0
-    return plan, path
 
 
 def test_every_point_ends_with_a_result(trained: tuple[SweepPlan, Path]) -> None:
