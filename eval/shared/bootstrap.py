@@ -24,7 +24,7 @@ def sums_by_document(documents: NDArray[np.int64], values: Floats) -> Floats:
     """Sums `[documents, ...]` of values `[n, ...]` whose documents are `[n]`; documents in ascending order."""
     numbers, place = np.unique(documents, return_inverse=True)
     columns = values.reshape(len(values), -1).T
-    sums = [np.bincount(place, column, len(numbers)) for column in columns]
+    sums: list[Floats] = [np.bincount(place, column, len(numbers)).astype(np.float64) for column in columns]
     return np.stack(sums, -1).reshape(len(numbers), *values.shape[1:])
 
 
