@@ -54,18 +54,20 @@ there were.</p>"""
 def measure(asked: Asked) -> Result:
     """Loss, hits and marks of each checkpoint as it is and under each change."""
     options = asked.options
-    for subject in asked.subjects:
+    # Those without a memory are told of as such, unless none has one.
+    able = [subject for subject in asked.subjects if subject.model.memories()]
+    for subject in able or asked.subjects:
         memories_of(subject.model, options.layers, repr(subject.name))
     tasks = {
         subject.name: (
             probes_of(asked, subject, options.examples),
             harness_tasks(asked, subject, options.tasks, options.include_path, options.limit),
         )
-        for subject in asked.subjects
+        for subject in able
     }
     groups = grouped(asked)
     answers = {}
-    for subject in asked.subjects:
+    for subject in able:
         scores, marks = {}, {}
         for change in (None, *CHANGES):
             with suppressed(subject.model, change, options.layers) if change is not None else nullcontext():
@@ -80,6 +82,7 @@ def measure(asked: Asked) -> Result:
         "order": groups.order,
         "hot_from": groups.hot_from,
         "groups": groups.described,
+        "without_memory": [subject.name for subject in asked.subjects if subject not in able],
         "checkpoints": answers,
     }
 
@@ -193,7 +196,8 @@ def _task_name(task: dict[str, Any]) -> str:
 
 def tables(result: Result) -> str:
     """Losses, hits and tasks of each checkpoint."""
-    parts = []
+    without = ", ".join(map(html.escape, result["without_memory"]))
+    parts = [f"<p>Without a memory, so that there is nothing to suppress: {without}.</p>"] if without else []
     for name, answer in result["checkpoints"].items():
         memories = ", ".join(_place(memory) for memory in answer["memories"])
         parts.append(f"<h3>{html.escape(name)}: what was suppressed is the memory {memories}</h3>")

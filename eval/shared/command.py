@@ -53,12 +53,15 @@ def _ask(question: Question, options: Any) -> int:
     own_text = options.data is None
     subjects = open_subjects(paths, options.names, options.device, own_text=own_text, any_text=question.on_text)
     folder = options.output or _folder(options.checkpoint, subjects)
-    result = plain(question.measure(Asked(subjects, options)))
+    asked = Asked(subjects, options)
+    result = plain(question.measure(asked))
     kept = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "against", "output")}
     record = {
         "question": question.name,
         "checkpoints": [subject.describe() for subject in subjects],
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()},
+        # Those that the question really looked at; `tokens` may ask for more than there are, or for all.
+        "held_out_tokens": asked.held_out.n_windows * asked.held_out.seq_len if question.on_text else None,
         "device": device_name(torch.device(options.device)),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "result": result,

@@ -66,7 +66,9 @@ def _section(record: dict[str, Any], folder: Path) -> Iterable[str]:
         ["checkpoint", "rho", "parameters", "a token uses", "memory", "trained on, tokens", "seed", "corpus"],
         [_checkpoint(checkpoint) for checkpoint in record["checkpoints"]],
     )
-    settings = {**record["options"], "hardware": record["device"], **record["versions"]}
+    n_tokens = record.get("held_out_tokens")  # answers of earlier versions have none
+    text = {} if n_tokens is None else {"held-out text at hand, tokens": f"{n_tokens:,}"}
+    settings = {**record["options"], **text, "hardware": record["device"], **record["versions"]}
     yield table(["", ""], [[html.escape(str(k)), html.escape(str(v))] for k, v in settings.items()]) + "</details>"
 
 

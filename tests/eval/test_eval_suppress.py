@@ -274,6 +274,19 @@ def test_what_cannot_be_asked_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_without_a_memory_is_told_of_beside_one_that_has_it(
+    memory_run: Path, experts_run: Path, tmp_path: Path
+) -> None:
+    several = ("--names", "experts <&>", "hybrid", "--tokens", "1024")
+    record = answer_of("suppress", tmp_path, experts_run, "--against", memory_run, *several)
+    assert record["result"]["without_memory"] == ["experts <&>"]
+    assert list(record["result"]["checkpoints"]) == ["hybrid"]
+    assert record["held_out_tokens"] == 1024
+    page = (tmp_path / "report.html").read_text()
+    assert "nothing to suppress: experts &lt;&amp;&gt;." in page
+    assert "1,024" in page
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_losses_without_the_memory_are_the_same_on_a_gpu(told_run: Path, tmp_path: Path) -> None:
