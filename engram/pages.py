@@ -43,15 +43,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def picture(figure: Any, alt: str) -> str:
     """A figure as an HTML image that holds its own bytes, and let go of it; `alt` is text."""
-    return f"<img alt='{html.escape(alt)}' src='{inline_png(figure)}'>"
-
-
-def inline_png(figure: Any) -> str:
-    """A figure as a data URI, and let go of it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return embedded(buffer.getvalue(), alt)
+
+
+def saved_picture(figure: Any, path: Path, alt: str) -> str:
+    """As `picture`, of a figure that is also written to a file."""
+    save_png(figure, path)
+    return embedded(path.read_bytes(), alt)
+
+
+def embedded(png: bytes, alt: str) -> str:
+    """The bytes of a PNG as an HTML image; `alt` is text."""
+    return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
 
 def save_png(figure: Any, path: Path) -> None:

@@ -28,6 +28,7 @@ from engram.tensors import widen
 from eval.shared.command import main
 from eval.shared.observe import observed, places_of
 from eval.shared.page import interval
+from eval.shared.pictures import bounds
 from eval.shared.progress import shown
 from eval.shared.question import Asked, Question, Result
 from eval.shared.subjects import Subject
@@ -171,8 +172,7 @@ def draw(result: Result) -> Any:
     label = f"{result['second']} with itself"
     ax.plot(np.linspace(0, L - 1, R), itself, "--", color="white", lw=1.5, path_effects=seen, label=label)
     if result["first"] != result["second"]:
-        known = [[np.nan if v is None else v for v in each.values()] for each in result["alignment"]]
-        centre, low, high = np.array(known).T
+        centre, low, high = bounds(result["alignment"]).T
         label = f"{result['first']} with {result['second']}"
         ax.fill_between(range(L), low, high, color="#ff7f0e", alpha=0.4, lw=0)
         ax.plot(range(L), centre, "o-", color="#ff7f0e", ms=4, lw=2, path_effects=seen, label=label)

@@ -59,7 +59,7 @@ def measure(asked: Asked) -> Result:
     longest = asked.subjects[0].model.config.max_seq_len
     lengths = options.lengths or sorted({max(1, longest // 4), longest})
     cases = [(sequences, length) for length in lengths for sequences in options.sequences]
-    text = asked.held_out.whole()["tokens"].ravel()
+    text = asked.held_out.whole["tokens"].ravel()
     return {
         "rounds": options.rounds,
         "new_tokens": options.new_tokens,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engram.config import ConfigError, require
 from engram.memory import Engram
-from engram.pages import GREY, table
+from engram.pages import table
 from engram.sweep.fit import Interval
 from engram.training.data import Batch
 from eval.shared.bootstrap import ratios
@@ -30,13 +30,15 @@ from eval.shared.command import main
 from eval.shared.heat_map import Shades, Text, heat_map, side_by_side, visible
 from eval.shared.observe import observed, places_of
 from eval.shared.page import interval
+from eval.shared.pictures import draw_shares, name_counts, plot_intervals
 from eval.shared.pieces import Pieces
 from eval.shared.question import Asked, Question, Result
-from eval.shared.strata import SuffixCounts, bin_name, binned, count_suffixes, stratum_names
+from eval.shared.strata import SuffixCounts, bin_name, binned, count_suffixes, hot_from_of, stratum_names
 from eval.shared.strata import add_options as add_strata_options
 from eval.shared.subjects import Subject
 
 Floats = NDArray[np.float64]
+_NONE = "no memory"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 _ABOUT = """<p>Before some blocks a memory adds an update to the hidden state, and a gate between 0 (shut) and 1 (open)
@@ -70,7 +72,7 @@ def gates_and_updates(asked: Asked, subject: Subject) -> Floats:
 def measure(asked: Asked) -> Result:
     """Gates by group, their distribution, the N-grams with the most open and most shut ones, and excerpts."""
     options = asked.options
-    require(options.hot_from >= 2, "hot-from", options.hot_from, "2 or more")
+    hot_from = hot_from_of(options)
     for name in ("least", "lists", "excerpt_tokens"):
         require(getattr(options, name) >= 1, name.replace("_", "-"), getattr(options, name), "1 or more")
     held_out = asked.held_out
@@ -78,15 +80,17 @@ def measure(asked: Asked) -> Result:
     require(0 <= options.excerpts <= held_out.n_windows, "excerpts", options.excerpts, allowed)
     gated = [subject for subject in asked.subjects if _has_gates(subject)]
     if not gated:
-        without = ", ".join(f"{subject.name} ({_memory_of(subject)})" for subject in asked.subjects)
+        without = ", ".join(f"{subject.name} ({subject.memory_kind or _NONE})" for subject in asked.subjects)
         raise ConfigError(f"none of the checkpoints has gates: {without}")
     suffixes = count_suffixes(held_out, asked.subjects[0], options.order)
-    text, pieces = held_out.whole(), Pieces(held_out.data.tokenizer)
+    text, pieces = held_out.whole, Pieces(held_out.data.tokenizer)
     documents = np.unique(text["document_ids"], return_inverse=True)[1].ravel()
-    kinds = groups_of(suffixes, options.hot_from)
+    kinds = groups_of(suffixes, hot_from)
     drawn = np.random.default_rng(options.seed).permutation(held_out.n_windows)[: options.excerpts].tolist()
     spelt = Spelling(suffixes, text["tokens"], text["document_ids"], pieces)
-    answers: dict[str, Any] = {subject.name: {"memory": _memory_of(subject), "gates": []} for subject in asked.subjects}
+    answers: dict[str, Any] = {
+        subject.name: {"memory": subject.memory_kind or _NONE, "gates": []} for subject in asked.subjects
+    }
     for subject in gated:
         values = gates_and_updates(asked, subject)
         layers = sorted(int(name) for name in subject.model.memory)
@@ -114,7 +118,7 @@ def measure(asked: Asked) -> Result:
         ]
     return {
         "order": suffixes.order,
-        "hot_from": options.hot_from,
+        "hot_from": hot_from,
         "least": options.least,
         "counted_in": asked.subjects[0].name,
         "groups": [
@@ -141,11 +145,6 @@ def measure(asked: Asked) -> Result:
 
 def _has_gates(subject: Subject) -> bool:
     return any(isinstance(memory, Engram) for memory in subject.model.memories().values())
-
-
-def _memory_of(subject: Subject) -> str:
-    config = subject.model.config
-    return config.memory.kind if config.memory is not None and config.has_memory else "no memory"
 
 
 def _rounded(values: Floats) -> list[float]:
@@ -248,16 +247,13 @@ def draw(result: Result) -> Any:
         for cell, label in zip(answer["gates"], labels, strict=True):
             colour, line = f"C{layers.index(cell['layer'])}", ("-", "--", "-.", ":")[cell["branch"] % 4]
             for ax, what in zip(column, ("gate", "update"), strict=False):
-                _plot(ax, [cell[what][k] for k in at], label, colour, line)
+                style = {"fmt": f"o{line}", "ms": 3, "color": colour, "label": label}
+                plot_intervals(ax, [cell[what][k] for k in at], **style)
         column[0].set_title(name)
         for ax in column[:2]:
-            ax.set_xticks(range(len(at)), [groups[k]["name"] for k in at], rotation=45, ha="right", fontsize=8)
-            ax.set_xlabel(f"times the suffix {result['order']}-gram was seen in training")
-            ax.grid(alpha=0.25)
+            name_counts(ax, groups, result["order"])
             ax.legend(frameon=False, fontsize=8)
-        shares = column[0].twinx()
-        shares.bar(range(len(at)), [groups[k]["tokens"] / groups[0]["tokens"] for k in at], color=GREY, alpha=0.15)
-        shares.set_ylabel("share of tokens (bars)")
+        draw_shares(column[0], groups)
         keys = {"whislo": "0.05", "q1": "0.25", "med": "0.5", "q3": "0.75", "whishi": "0.95"}
         boxes = [{key: cell["quantiles"][q] for key, q in keys.items()} for cell in answer["gates"]]
         column[2].bxp(boxes, showfliers=False, orientation="vertical", widths=0.5)
@@ -270,14 +266,6 @@ def draw(result: Result) -> Any:
     ):
         ax.set_ylabel(label)
     return figure
-
-
-def _plot(ax: Any, intervals: list[dict[str, float | None]], label: str, colour: str, line: str) -> None:
-    values = np.array([[np.nan if v is None else v for v in each.values()] for each in intervals])
-    errors = np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])
-    ax.errorbar(
-        np.arange(len(values)), values[:, 0], errors, fmt=f"o{line}", ms=3, capsize=2, color=colour, label=label
-    )
 
 
 def tables(result: Result) -> str:

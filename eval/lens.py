@@ -21,7 +21,6 @@ from torch import Tensor
 
 from engram.backbone import EngramLM
 from engram.backbone.loss import chunk_rows
-from engram.config import require
 from engram.pages import table
 from engram.sweep.fit import Interval
 from engram.tensors import widen
@@ -30,8 +29,9 @@ from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
 from eval.shared.observe import Place, mean_branch, observed, places_of
 from eval.shared.page import interval
+from eval.shared.pictures import bounds
 from eval.shared.question import Asked, Question, Result
-from eval.shared.strata import add_options, count_suffixes, stratum_names
+from eval.shared.strata import add_options, count_suffixes, hot_from_of, stratum_names
 from eval.shared.subjects import Subject
 
 _ABOUT = """<p>How early a model knows its answer. After the embedding, each memory and each block the hidden state is
@@ -89,11 +89,10 @@ def of_tokens(asked: Asked, subject: Subject) -> NDArray[np.float64]:
 def measure(asked: Asked) -> Result:
     """Divergence and agreement by place and group of tokens, and for checkpoints as deep as the first, how much their
     divergence is above its own at the places that both have."""
-    hot_from = asked.options.hot_from
-    require(hot_from >= 2, "hot-from", hot_from, "2 or more")
+    hot_from = hot_from_of(asked.options)
     first = asked.subjects[0]
     suffixes = count_suffixes(asked.held_out, first, asked.options.order)
-    strata, documents = suffixes.strata(hot_from), asked.held_out.whole()["target_documents"]
+    strata, documents = suffixes.strata(hot_from), asked.held_out.whole["target_documents"]
     named = {"all tokens": np.ones(strata.shape, bool)}
     named |= {name: strata == i for i, name in enumerate(stratum_names(hot_from))}
     groups = {name: who for name, who in named.items() if who.any()}
@@ -164,8 +163,7 @@ def _plot(ax: Any, answers: dict[str, Any], what: str, group: str, depths: set[i
     relative = len(depths) > 1
     for i, (name, answer) in enumerate(answers.items()):
         x = np.array([place["depth"] for place in answer["places"]]) / (answer["n_blocks"] if relative else 1)
-        known = [[np.nan if v is None else v for v in each.values()] for each in answer[what][group]]
-        y, low, high = np.array(known).T
+        y, low, high = bounds(answer[what][group]).T
         ax.fill_between(x, low, high, color=f"C{i}", alpha=0.18, lw=0)
         label = f"{name}, {answer['n_blocks']} blocks" if relative else name
         ax.plot(x, y, "-", color=f"C{i}", lw=1.5, label=label)

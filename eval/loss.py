@@ -17,15 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.backbone import token_losses
-from engram.config import require
-from engram.pages import table
+from engram.pages import GREY, table
 from engram.training.data import Batch
 from eval.shared.bootstrap import ratios
 from eval.shared.command import main
 from eval.shared.held_out import HeldOut
 from eval.shared.page import interval
+from eval.shared.pictures import draw_shares, name_counts, plot_intervals
 from eval.shared.question import Asked, Question, Result
-from eval.shared.strata import SuffixCounts, add_options, bin_name, binned, count_suffixes, stratum_names
+from eval.shared.strata import SuffixCounts, add_options, bin_name, binned, count_suffixes, hot_from_of, stratum_names
 from eval.shared.subjects import Subject
 
 _ABOUT = """<p>How well each checkpoint predicts text that none was trained on. Lower is better. Tokens are told apart
@@ -48,7 +48,7 @@ def token_nats(asked: Asked, subject: Subject, about: str = "") -> NDArray[np.fl
 
 def groups_of(held_out: HeldOut, suffixes: SuffixCounts, hot_from: int) -> dict[str, dict[str, NDArray[np.bool_]]]:
     """Which tokens `[windows, T]` are told of together: kinds of groups, their names, and members."""
-    text, counts = held_out.whole(), suffixes.counts
+    text, counts = held_out.whole, suffixes.counts
     strata = suffixes.strata(hot_from)
     groups = {
         "all": {"all tokens": np.ones(counts.shape, bool)},
@@ -67,7 +67,7 @@ class Groups:
     """
 
     def __init__(self, held_out: HeldOut, suffixes: SuffixCounts, hot_from: int) -> None:
-        text, named = held_out.whole(), groups_of(held_out, suffixes, hot_from)
+        text, named = held_out.whole, groups_of(held_out, suffixes, hot_from)
         documents, n_bytes = text["target_documents"], text["target_bytes"]
         self.order, self.hot_from, self.n_bytes = suffixes.order, hot_from, n_bytes
         numbers, self._place = np.unique(documents.ravel(), return_inverse=True)
@@ -100,8 +100,7 @@ class Groups:
 
 def grouped(asked: Asked) -> Groups:
     """Groups of the text, by what the first checkpoint was trained on. Raises `ConfigError` for bad options of them."""
-    hot_from = asked.options.hot_from
-    require(hot_from >= 2, "hot-from", hot_from, "2 or more")
+    hot_from = hot_from_of(asked.options)
     return Groups(asked.held_out, count_suffixes(asked.held_out, asked.subjects[0], asked.options.order), hot_from)
 
 
@@ -139,32 +138,14 @@ def draw(result: Result) -> Any:
             if what == "difference" and name == first:
                 continue
             plot_intervals(ax, [answer[what][k] for k in at], label=name, color=f"C{i}")
-        name_counts(ax, result)
+        name_counts(ax, groups, result["order"])
         ax.legend(frameon=False, fontsize=8)
     axes[0][0].set_ylabel("nats per token")
     if several:
         axes[0][1].set_ylabel(f"nats per token − those of {first}")  # noqa: RUF001
-        axes[0][1].axhline(0, color="#808080", lw=1)
-    shares = axes[0][0].twinx()
-    total = groups[0]["tokens"]
-    shares.bar(range(len(at)), [groups[k]["tokens"] / total for k in at], color="#808080", alpha=0.15)
-    shares.set_ylabel("share of tokens (bars)")
+        axes[0][1].axhline(0, color=GREY, lw=1)
+    draw_shares(axes[0][0], groups)
     return figure
-
-
-def name_counts(ax: Any, result: Result) -> None:
-    """Name the groups by count along an axis."""
-    names = [group["name"] for group in result["groups"] if group["kind"] == "count"]
-    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-    ax.set_xlabel(f"times the suffix {result['order']}-gram was seen in training")
-    ax.grid(alpha=0.25)
-
-
-def plot_intervals(ax: Any, intervals: list[dict[str, float | None]], **style: Any) -> None:
-    """Values in a row, with their intervals as bars."""
-    values = np.array([[np.nan if v is None else v for v in each.values()] for each in intervals])
-    errors = np.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])
-    ax.errorbar(np.arange(len(values)), values[:, 0], errors, **{"fmt": "o-", "ms": 4, "capsize": 2, **style})
 
 
 def tables(result: Result) -> str:

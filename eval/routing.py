@@ -22,17 +22,18 @@ import torch
 from numpy.typing import NDArray
 
 from engram.backbone import EngramLM
-from engram.config import ConfigError, require
+from engram.config import ConfigError
 from engram.experts import MoE
 from engram.pages import BLUE, GREY, ORANGE, table
 from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
+from eval.shared.contrasts import Contrast, compared, entropy, loads
 from eval.shared.interventions import CHANGES, Change, memories_of, suppressed
 from eval.shared.page import percent
-from eval.shared.progress import shown
+from eval.shared.pairs import pairs_by_load, pairs_chosen
 from eval.shared.question import Asked, Question, Result
 from eval.shared.strata import add_options as add_strata_options
-from eval.shared.strata import count_suffixes, stratum_names
+from eval.shared.strata import count_suffixes, hot_from_of, stratum_names
 from eval.shared.subjects import Subject
 
 Floats = NDArray[np.float64]
@@ -52,8 +53,6 @@ and takes away what gate and routing have to do with each other. Gates are those
 block; blocks before the first memory, where nothing of it can have arrived, show how much routing and gates have to do
 with each other by the tokens alone. The same for tokens whose N-gram is hot and those whose N-gram is cold.</p>
 <p><b>Choices that change</b>: the share of a token's experts that are others once the memory is suppressed.</p>"""
-_DRAWS = 200
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -107,108 +106,6 @@ def routing_of(asked: Asked, subject: Subject, change: Change | None = None) -> 
     return Routing(blocks, np.concatenate(experts, 1), doubt / n, opened_at)
 
 
-def loads(experts: NDArray[np.int32], n_experts: int) -> Ints:
-    """How often each expert was chosen `[E]`, of choices of any shape."""
-    return np.bincount(experts.ravel(), minlength=n_experts)
-
-
-def entropy(counts: NDArray[Any]) -> float:
-    """Entropy in nats of shares that are in proportion to counts."""
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
-
-
-def pairs_chosen(experts: NDArray[np.int32], n_experts: int) -> Ints:
-    """How many tokens, of choices `[N, K]`, went to both of two experts `[E, E]`; zero on the diagonal."""
-    K = experts.shape[1]
-    counts = np.zeros(n_experts * n_experts, np.int64)
-    for i in range(K):
-        for j in range(K):
-            if i != j:
-                counts += np.bincount(experts[:, i] * n_experts + experts[:, j], minlength=len(counts))
-    return counts.reshape(n_experts, n_experts)
-
-
-def pairs_by_load(load: Ints, top_k: int) -> Floats:
-    """How many tokens would go to both of two experts `[E, E]`, did they not attract or repel each other.
-
-    Quasi-independence (Goodman 1968): in proportion to a factor of each expert, zero on the diagonal as no token takes
-    one twice, and as many pairs of each expert as there are. For K = 2 it is what drawing two different ones gives.
-    """
-    pairs = load * (top_k - 1.0)
-    factor = pairs / max(np.sqrt(pairs.sum()), 1)
-    for _ in range(1000):
-        others = factor.sum() - factor
-        wanted = np.divide(pairs, others, out=np.zeros_like(pairs), where=others > 0)
-        moved = np.sqrt(factor * wanted)  # half of the way, or it would go to and fro
-        done = np.allclose(moved, factor, rtol=1e-12, atol=0)
-        factor = moved
-        if done:
-            break
-    expected = np.outer(factor, factor)
-    np.fill_diagonal(expected, 0)
-    return expected
-
-
-def divergence(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Jensen-Shannon divergence in bits of shares in proportion to counts."""
-    p, q = first / first.sum(), second / second.sum()
-    return float((entropy((p + q) / 2) - entropy(p) / 2 - entropy(q) / 2) / np.log(2))
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two sets of tokens whose routing is compared.
-
-    tokens: numbers of those that it is about, in the order of the text. side: of each of them, 1 in the first set, -1
-    in the second, 0 in neither.
-    """
-
-    tokens: Ints
-    side: NDArray[np.int8]
-
-
-def turned(documents: Ints, draw: int) -> Ints:
-    """Where the label of each place comes from if labels are turned within their documents, each by a random distance.
-
-    `documents` `[n]` in the order of the text, so that each stands in one piece.
-    """
-    first = np.flatnonzero(np.diff(documents, prepend=documents[:1] - 1))
-    lengths = np.diff(np.append(first, len(documents)))
-    starts, sizes = np.repeat(first, lengths), np.repeat(lengths, lengths)
-    distances = np.repeat(np.random.default_rng((_SEED, draw)).integers(0, lengths), lengths)
-    return starts + (np.arange(len(documents)) - starts + distances) % sizes
-
-
-def compared(
-    experts: NDArray[np.int32], n_experts: int, documents: Ints, contrast: Contrast, about: str = ""
-) -> list[dict[str, Any]]:
-    """Divergence of the loads of two sets, by layer of choices `[L, N, K]`, beside what labels turned by chance give.
-
-    null: its mean and 95 % quantile. p: the share of draws, the labels as they are among them, that reach it. All
-    without a value where one set is empty.
-    """
-    side, of, documents = contrast.side, experts[:, contrast.tokens], documents[contrast.tokens]
-
-    def divergences(side: NDArray[np.int8]) -> list[float]:
-        return [divergence(*(loads(layer[side == which], n_experts) for which in (1, -1))) for layer in of]
-
-    sizes = {"first": int((side == 1).sum()), "second": int((side == -1).sum())}
-    if not all(sizes.values()):
-        return [{**sizes, "bits": None, "null": None, "p": None} for _ in of]
-    found = np.array(divergences(side))
-    null = np.array([divergences(side[turned(documents, draw)]) for draw in shown(range(_DRAWS), about)])  # [draws, L]
-    return [
-        {
-            **sizes,
-            "bits": found[i],
-            "null": {"mean": null[:, i].mean(), "high": np.quantile(null[:, i], 0.95)},
-            "p": (1 + (null[:, i] >= found[i] - 1e-12).sum()) / (1 + len(null)),
-        }
-        for i in range(len(of))
-    ]
-
-
 def quarters(values: Floats) -> Ints:
     """Of each value its quarter, 0 of the lowest to 3 of the highest; equal values share one."""
     return np.searchsorted(np.quantile(values, [0.25, 0.5, 0.75]), values, side="left")
@@ -223,8 +120,7 @@ def gates_for(routing: Routing, block: int) -> int | None:
 
 def measure(asked: Asked) -> Result:
     """Loads, co-activation, contrasts and changes of each checkpoint, by block."""
-    hot_from = asked.options.hot_from
-    require(hot_from >= 2, "hot-from", hot_from, "2 or more")
+    hot_from = hot_from_of(asked.options)
     for subject in asked.subjects:
         if not subject.model.moe_layers():
             raise ConfigError(f"{subject.name!r} has no experts: nothing is routed")
@@ -232,7 +128,7 @@ def measure(asked: Asked) -> Result:
             memories_of(subject.model, asked.options.layers, repr(subject.name))
     suffixes = count_suffixes(asked.held_out, asked.subjects[0], asked.options.order)
     strata = suffixes.strata(hot_from).ravel()
-    documents = asked.held_out.whole()["document_ids"].ravel()
+    documents = asked.held_out.whole["document_ids"].ravel()
     return {
         "order": suffixes.order,
         "strata": stratum_names(hot_from),

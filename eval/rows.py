@@ -143,7 +143,7 @@ def tables_of(asked: Asked, subject: Subject, layers: list[Layer]) -> list[dict[
         np.concatenate([layer.rows(b["tokens"], b["document_ids"]) for b in held_out.batches(about="held-out reads")])
         for layer in layers
     ]
-    text = held_out.whole()
+    text = held_out.whole
     new = {order: counted.find(text["tokens"], text["document_ids"]) < 0 for order, counted in grams.items()}
     return [_table(*each, grams, new) for each in zip(layers, reads, found, strict=True)]
 

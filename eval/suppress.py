@@ -22,14 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engram.backbone import token_losses
+from engram.backbone.loss import chunk_rows, losses_of
 from engram.pages import GREY, table
 from engram.training.data import Batch
-from eval.loss import Groups, grouped, name_counts, plot_intervals
+from eval.loss import Groups, grouped
 from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
 from eval.shared.interventions import CHANGES, Change, memories_of, suppressed
 from eval.shared.page import interval, percent
+from eval.shared.pictures import bounds, name_counts, plot_intervals
 from eval.shared.question import Asked, Question, Result
 from eval.shared.strata import add_options as add_strata_options
 from eval.shared.subjects import Subject
@@ -87,19 +88,18 @@ def measure(asked: Asked) -> Result:
     }
 
 
-_CHUNK = 1024  # tokens whose logits are held
-
-
 def _token_scores(asked: Asked, subject: Subject, state: str) -> NDArray[np.float64]:
     """Of every held-out token nats, and 1 if it is the likeliest, `[windows, T, 2]`."""
     model = subject.model
 
     def measure(batch: Batch) -> Tensor:
+        targets, scores, rows = batch["targets"], [], chunk_rows(model.head_weight)
         with asked.precision():
             hidden = model.run(batch["tokens"], batch["document_ids"]).hidden
-            nats = token_losses(hidden, model.head_weight, batch["targets"])
-            best = torch.cat([model.logits(part).argmax(-1) for part in hidden.flatten(0, 1).split(_CHUNK)])
-        return torch.stack([nats, (best == batch["targets"].flatten()).view(nats.shape)], -1)
+            for part, wanted in zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True):
+                logits = model.logits(part)
+                scores.append(torch.stack([losses_of(logits, wanted), logits.argmax(-1) == wanted], -1))
+        return torch.cat(scores).view(*targets.shape, 2)
 
     return asked.held_out.of_each_token(subject, measure, f"{subject.name}, {state}")
 
@@ -164,10 +164,10 @@ def draw(result: Result) -> Any:
             share = kept.get(what)
             if share is not None and share["value"] is not None:
                 y = row + 0.7 * ((lane + 0.5) / len(lanes) - 0.5)
-                value, low, high = (np.nan if v is None else 100 * v for v in share.values())
+                value, low, high = 100 * bounds([share])[0]
                 ends = [[max(value - low, 0)], [max(high - value, 0)]]
                 right.errorbar(value, y, xerr=ends, color=colour, ms=4, capsize=1.5, **_STYLES[change])
-    name_counts(left, result)
+    name_counts(left, groups, result["order"])
     left.axhline(0, color=GREY, lw=1)
     left.set_ylabel("increase of the loss, nats per token")
     left.legend(frameon=False, fontsize=8)

@@ -88,10 +88,11 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
     h, w = hidden.flatten(0, -2).to(dtype), head_weight.to(dtype)
     rows = chunk_rows(w)
     chunks = zip(h.split(rows), targets.flatten().split(rows), strict=True)
-    return torch.cat([_losses(part @ w.T, t) for part, t in chunks]).view(targets.shape)
+    return torch.cat([losses_of(part @ w.T, t) for part, t in chunks]).view(targets.shape)
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each next token `[N]` by logits `[N, V]`, in float32 or wider."""
     wide = widen(logits)
     return wide.logsumexp(-1) - wide.gather(1, targets.unsqueeze(1)).squeeze(1)
 

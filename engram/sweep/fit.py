@@ -55,8 +55,11 @@ class Curve:
     def margin(self, level: float, seeds: int | None = None) -> float:
         """What noise alone could give the difference of two means over `seeds` seeds (None: this curve's), by t at a
         one-sided confidence of `level`; not a number where the noise is unknown."""
-        error = self.noise * float(np.sqrt(2 / (seeds or self.losses.shape[1])))
-        return float(stats.t.ppf(level, self.freedom) * error) if self.freedom else float("nan")
+        return self.quantile(level) * self.noise * float(np.sqrt(2 / (seeds or self.losses.shape[1])))
+
+    def quantile(self, level: float) -> float:
+        """That of t with the noise's degrees of freedom; not a number where the noise is unknown."""
+        return float(stats.t.ppf(level, self.freedom)) if self.freedom else float("nan")
 
     @classmethod
     def from_points(cls, points: list[tuple[float, int, float]]) -> Curve:
@@ -192,11 +195,16 @@ def difference(curve: Curve, end: int) -> Interval:
     return between(curve, end, 1 + int(curve.means[1:-1].argmin()), comparisons=len(curve.rho) - 2)
 
 
+def level_of(comparisons: int) -> float:
+    """The one-sided level at which intervals to both sides hold for so many comparisons at once (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / 2 / comparisons
+
+
 def between(curve: Curve, i: int, j: int, comparisons: int = 1) -> Interval:
     """The mean at the i-th rho less that at the j-th, with an interval that holds for so many `comparisons` at once
     (Bonferroni)."""
     value = float(curve.means[i] - curve.means[j])
-    half = curve.margin(1 - (1 - CONFIDENCE) / 2 / comparisons)
+    half = curve.margin(level_of(comparisons))
     return Interval(value, value - half, value + half)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from engram.config import ConfigError
-from engram.pages import page, picture, save_png, table
+from engram.pages import page, picture, saved_picture, table
 from engram.sweep.abilities import scores
 from engram.sweep.fit import CONFIDENCE, Interval
 from engram.sweep.plan import MAIN_VARIANT, SweepPlan, plan_table
@@ -48,25 +49,27 @@ def write_report(plan: SweepPlan) -> list[Path]:
     paths = [csv, curve]
     write_csv(rows, csv)
     title = f"{plan.name}: {rows[0].total / 1e6:.2f}M parameters, {rows[-1].tokens / 1e6:.1f}M tokens"
-    save_png(draw(rows, measured, title), curve)
+    main = saved_picture(draw(rows, measured, title), curve, "loss against rho")
     end = at_the_end(measured)
+    abilities = clock = ""
     if probed := scores(rows):
         paths.append(plan.folder / "probes.png")
-        save_png(draw_abilities(rows, probed, end), paths[-1])
+        abilities = saved_picture(draw_abilities(rows, probed, end), paths[-1], "losses and probes against rho")
     timed, reason = timed_measures(rows)
     if timed:
         paths.append(plan.folder / "wall_clock.png")
-        save_png(draw_wall_clock(timed), paths[-1])
-    sections = [*abilities_section(rows, probed, end), *wall_clock_section(plan, rows, timed, reason)]
+        about = "loss against seconds, and over rho at equal seconds"
+        clock = saved_picture(draw_wall_clock(timed), paths[-1], about)
+    sections = abilities_section(rows, probed, end, abilities) + wall_clock_section(plan, rows, timed, reason, clock)
     with atomic_file(document) as draft:
-        draft.write_text(_page(plan, rows, measured, title, sections), encoding="utf-8")
+        draft.write_text(_page(plan, rows, measured, title, main, sections), encoding="utf-8")
     for m in end:
         print(f"verdict on {m.name}: {m.fitted.verdict}: {m.fitted.reason}")
     return [*paths, document]
 
 
 def _page(
-    plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], title: str, sections: Sequence[str]
+    plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], title: str, shown: str, sections: Sequence[str]
 ) -> str:
     last = [r for r in rows if r.final]
     done, wanted = len(last), len(plan.points())
@@ -78,7 +81,7 @@ def _page(
     versus = ["<h2>Rivals and controls against engram at the same rho</h2>", table(head, differences)]
     parts = [
         *(f"<p class=verdict>On {m.name}: <b>{m.fitted.verdict}</b>: {html.escape(m.fitted.reason)}.</p>" for m in end),
-        picture(draw(rows, measured, title), "loss against rho"),
+        shown,
         "<p>A pair is repeated where the same token was followed by the same one before, in the same document of the "
         "window: there a run that has learnt to copy from its context needs no other knowledge. When a small model "
         "learns that is a matter of chance, so the total loss can be noisier than the loss on new pairs.</p>",
@@ -186,7 +189,6 @@ def _losses(rows: Sequence[Row]) -> list[list[str]]:
     for variant, rho in dict.fromkeys((r.variant, r.rho) for r in rows):
         own = [r for r in rows if (r.variant, r.rho) == (variant, rho)]
         mean = {key: sum(getattr(r, key) for r in own) / len(own) for key in ("nats", *_MEANS.values())}
-        spread = (sum((r.nats - mean["nats"]) ** 2 for r in own) / max(1, len(own) - 1)) ** 0.5
         lines.append(
             [
                 html.escape(variant),
@@ -195,7 +197,7 @@ def _losses(rows: Sequence[Row]) -> list[list[str]]:
                 f"{own[0].rows_per_head:,}",
                 str(len(own)),
                 f"{mean['nats']:.4f}",
-                f"{spread:.4f}" if len(own) > 1 else "",
+                f"{statistics.stdev(r.nats for r in own):.4f}" if len(own) > 1 else "",
                 *(f"{mean[key]:.4f}" for key in _MEANS.values()),
             ]
         )

@@ -11,7 +11,7 @@ from engram.pages import picture, table
 from engram.sweep.abilities import Score, least_losses
 from engram.sweep.fit import Interval, between
 from engram.sweep.plan import SweepPlan
-from engram.sweep.plot import draw_abilities, draw_speeds, draw_wall_clock, end_name
+from engram.sweep.plot import draw_speeds, end_name
 from engram.sweep.results import Measured, Row
 from engram.sweep.wall_clock import Trajectories, levelling_fall
 from engram.training.schedule import multiplier
@@ -19,13 +19,16 @@ from engram.training.schedule import multiplier
 _ENDS = (-1, 0)
 
 
-def abilities_section(rows: Sequence[Row], scores: Sequence[Score], measured: Sequence[Measured]) -> list[str]:
-    """What the probes scored over rho, as HTML; nothing where nothing was probed. `measured`: after the last token."""
+def abilities_section(
+    rows: Sequence[Row], scores: Sequence[Score], measured: Sequence[Measured], shown: str
+) -> list[str]:
+    """What the probes scored over rho, as HTML; nothing where nothing was probed. `measured`: after the last token.
+    `shown`: the picture of it."""
     if not scores:
         return []
     parts = [
         "<h2>Lower loss, same ability?</h2>",
-        picture(draw_abilities(rows, scores, measured), "losses and probes against rho"),
+        shown,
         "<p>A probe asks for answers that its task makes certain. Documents of the task are mixed into the corpus of "
         "all runs: facts are asked in the sentences that told them, all else in texts drawn anew. The share of right "
         "answers counts what a model puts first. Nats an answer say how far it is from the right one, and move before "
@@ -78,15 +81,14 @@ def _all_scores(rows: Sequence[Row], scores: Sequence[Score]) -> str:
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
-    return f"{mean:.3f}" + (f" ± {spread:.3f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def wall_clock_section(
-    plan: SweepPlan, rows: Sequence[Row], timed: Sequence[tuple[str, Trajectories]], reason: str
+    plan: SweepPlan, rows: Sequence[Row], timed: Sequence[tuple[str, Trajectories]], reason: str, shown: str
 ) -> list[str]:
-    """The main curve at equal seconds of training, as HTML, or the `reason` why there is none."""
+    """The main curve at equal seconds of training, as HTML, or the `reason` why there is none. `shown`: the picture of
+    it."""
     title = "<h2>Loss at equal wall-clock</h2>"
     if not timed:
         return [title, f"<p>No comparison at equal seconds: {html.escape(reason)}.</p>"]
@@ -114,7 +116,7 @@ def wall_clock_section(
         ),
         "<p>The timing of one run is noisy, so a rho's typical speed is the median over its seeds, after what slowed "
         "all runs of a seed is taken out (they train at about the same time).</p>",
-        picture(draw_wall_clock(timed), "loss against seconds, and over rho at equal seconds"),
+        shown,
         f"<p><b>Equal seconds</b> compares the losses at {first.common:,.0f} s, when the fastest rho ends. The others "
         "are on their way then, at learning rates not yet decayed to the end (between two validations, their loss is "
         "taken to be straight in the logarithm of time). As a rule runs planned to end by then would have had lower "

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy import stats
 
-from engram.sweep.fit import CONFIDENCE, Curve, Floats, Interval
+from engram.sweep.fit import Curve, Floats, Interval, level_of
 from engram.sweep.plan import MAIN_VARIANT
 from engram.sweep.results import MEASURES, Row, curve_of
 
@@ -52,7 +51,7 @@ class Speeds:
 
     def ratio(self, i: int, j: int) -> Interval:
         """Typical speed at the i-th rho over that at the j-th, with an interval for all rhos at once."""
-        half = _quantile(self.logs, len(self.rho) - 1) * np.sqrt(2) * self.error
+        half = self.logs.quantile(level_of(len(self.rho) - 1)) * np.sqrt(2) * self.error
         log = float(np.log(self.typical[i] / self.typical[j]))
         return Interval(*(float(np.exp(log + d)) for d in (0.0, -half, half)))
 
@@ -122,7 +121,7 @@ class EqualTime:
         """
         value = float(self.curve.means[i] - self.curve.means[j])
         noise = 2 * self.curve.mean_error**2 + (self.slopes[i] ** 2 + self.slopes[j] ** 2) * self.speed_error**2
-        half = _quantile(self.curve, len(self.curve.rho) - 1) * float(np.sqrt(noise))
+        half = self.curve.quantile(level_of(len(self.curve.rho) - 1)) * float(np.sqrt(noise))
         return Interval(value, value - half, value + half)
 
 
@@ -133,10 +132,6 @@ def levelling_fall(difference: float, speed_ratio: float) -> float:
     Below 0 where the faster one has the lower loss already; infinite where both are equally fast.
     """
     return difference / math.log2(speed_ratio) if speed_ratio != 1 else math.inf
-
-
-def _quantile(curve: Curve, comparisons: int) -> float:
-    return float(stats.t.ppf(1 - (1 - CONFIDENCE) / 2 / comparisons, curve.freedom)) if curve.freedom else float("nan")
 
 
 def trajectories(rows: Sequence[Row], metric: str) -> Trajectories:

@@ -167,13 +167,13 @@ class TokenData(lightning.LightningDataModule):
     def _batch(self, file: TokenFile, windows: NDArray[np.int64]) -> Batch:
         positions = windows[:, None] * self.config.seq_len + np.arange(self.config.seq_len + 1)
         ids = file.tokens[positions].astype(np.int64)
-        documents = file.document_at(positions[:, :-1])
-        batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "document_ids": documents}
+        documents = file.document_at(positions)
+        batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "document_ids": documents[:, :-1]}
         if file.n_bytes is not None:
-            batch["target_documents"] = file.document_at(positions[:, 1:])
-            batch["domains"] = file.domain_at(positions[:, 1:])
+            batch["target_documents"] = documents[:, 1:]
+            batch["domains"] = file.domain_of(documents[:, 1:])
             batch["target_bytes"] = file.n_bytes[positions[:, 1:]].astype(np.int64)
-            batch["repeated"] = repeats(batch["tokens"], batch["targets"], documents)
+            batch["repeated"] = repeats(batch["tokens"], batch["targets"], batch["document_ids"])
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}
 
     def prepare_data(self) -> None:

@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from engram.backbone import EngramLM
+from engram.backbone.loss import chunk_rows, losses_of
 from engram.config import ConfigError
 from engram.synthetic.examples import Example
-from engram.tensors import widen
-
-_TOKENS_AT_ONCE = 256  # whose logits are held
 
 
 class Question(NamedTuple):
@@ -105,11 +103,10 @@ def ask(
         documents = (torch.arange(ids.shape[1]) > 0).long().expand(ids.shape)  # the end of text ends one of its own
         hidden = model.run(ids.to(device), documents.to(device)).hidden
         chosen = torch.tensor(tokens, dtype=torch.int64, device=device).reshape(len(tokens), 4)
-        for some in chosen.split(_TOKENS_AT_ONCE):
+        for some in chosen.split(chunk_rows(model.head_weight)):
             row, place, target, answer = some.T
-            logits = widen(model.logits(hidden[row, place]))
-            nats = logits.logsumexp(-1) - logits.gather(1, target.unsqueeze(1)).squeeze(1)
-            wrong = logits.argmax(-1) != target
+            logits = model.logits(hidden[row, place])
+            wrong, nats = logits.argmax(-1) != target, losses_of(logits, target)
             wrong_and_nats.index_add_(0, answer, torch.stack([wrong, nats], 1).double())
     if n_ranks > 1:
         torch.distributed.all_reduce(wrong_and_nats)
@@ -126,9 +123,10 @@ def score(examples: Sequence[Example], answers: Answers, chosen: NDArray[np.bool
     return Score(n, *means)
 
 
-def scores_by_group(examples: Sequence[Example], answers: Answers) -> dict[tuple[str, int | float | str], Score]:
-    """The scores of each value of each name that the examples' groups have, such as `("exposures", 4)`."""
+def answers_by_group(
+    examples: Sequence[Example], answers: Answers
+) -> dict[tuple[str, int | float | str], NDArray[np.bool_]]:
+    """Which answers `[A]` have each value of each name of the examples' groups, such as `("exposures", 4)`."""
     groups = [set(example.group) for example in examples]
     values = dict.fromkeys(value for example in examples for value in example.group)
-    having = {value: np.array([value in group for group in groups])[answers.question] for value in values}
-    return {value: score(examples, answers, chosen) for value, chosen in having.items()}
+    return {value: np.array([value in group for group in groups])[answers.question] for value in values}

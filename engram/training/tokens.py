@@ -52,9 +52,9 @@ class TokenFile:
         """Number of the document of the token at each position, same shape."""
         return np.searchsorted(self.starts, positions, side="right") - 1
 
-    def domain_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number of the domain of the token at each position, same shape."""
-        return self.domains[self.document_at(positions)].astype(np.int64)
+    def domain_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of each document's domain, same shape."""
+        return self.domains[documents].astype(np.int64)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _mixed(table: Any, mixture: Sequence[Document], domains: tuple[str, ...], sc
                 yield _row(document, domains)
             taken = upto
 
-    return _written_table(rows, "train-mixed", scratch)
+    return _written_table(rows, "train_mixed", scratch)
 
 
 def _row(document: Document, domains: tuple[str, ...]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _written_table(rows: Callable[[], Iterator[dict[str, Any]]], name: str, scra
         text=datasets.Value("large_string"), domain=datasets.Value("uint8"), bytes=datasets.Value("int64")
     )
     return datasets.Dataset.from_generator(
-        rows, features=features, cache_dir=str(scratch), fingerprint=f"documents-{name}", split=name.replace("-", "_")
+        rows, features=features, cache_dir=str(scratch), fingerprint=f"documents-{name}", split=name
     )
 
 

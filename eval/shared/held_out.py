@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class HeldOut:
         """Names of the domains that `domains` of a batch counts."""
         return self.data.domains
 
+    @cached_property
     def whole(self) -> dict[str, NDArray[Any]]:
         """All windows as one batch of arrays `[windows, T]`."""
         return {name: tensor.numpy() for name, tensor in self.data.val_windows(np.arange(self.n_windows)).items()}

@@ -5,7 +5,6 @@ It is made anew of all the JSON files and pictures that are there each time anot
 
 from __future__ import annotations
 
-import base64
 import html
 import importlib
 import json
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engram.pages import page, table
+from engram.pages import embedded, page, table
 from engram.training.atomic import atomic_file
 from eval import QUESTIONS
 from eval.shared.strata import explained
@@ -54,12 +53,11 @@ def _warning(records: Sequence[dict[str, Any]]) -> str:
 def _section(record: dict[str, Any], folder: Path) -> Iterable[str]:
     name = record["question"]
     question = importlib.import_module(f"eval.{name}").QUESTION
-    picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
     names = ", ".join(html.escape(checkpoint["name"]) for checkpoint in record["checkpoints"])
     yield f"<h2 id={name}>{html.escape(question.title)}</h2><p>Asked of: {names}.</p>{question.about}"
     if "hot_from" in record["options"]:
         yield explained(record["result"]["order"], record["options"]["hot_from"], record["checkpoints"][0])
-    yield f"<img alt='{html.escape(question.title)}' src='data:image/png;base64,{picture}'>"
+    yield embedded((folder / f"{name}.png").read_bytes(), question.title)
     yield question.tables(record["result"])
     yield "<details><summary>Checkpoints and settings</summary>"
     yield table(

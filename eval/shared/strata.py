@@ -126,6 +126,12 @@ def bin_name(i: int) -> str:
     return str(i) if i < 2 else f"{2 ** (i - 1)} to {2**i - 1}"
 
 
+def hot_from_of(options: argparse.Namespace) -> int:
+    """The option of `add_options`. Raises `ConfigError` for one that leaves nothing warm."""
+    require(options.hot_from >= 2, "hot-from", options.hot_from, "2 or more")
+    return int(options.hot_from)
+
+
 def stratum_names(hot_from: int) -> list[str]:
     """The strata in words."""
     return ["cold: never seen", f"warm: seen 1 to {hot_from - 1} times", f"hot: {hot_from} times or more"]
@@ -163,7 +169,7 @@ def count_suffixes(held_out: HeldOut, subject: Subject, order: int = 0) -> Suffi
     data = held_out.data if subject.run is None else subject.run.data
     lookup = None if memory is not None and not memory.compress else data.compressor().lookup.numpy()
     pad_id = data.pad_id if lookup is None else int(lookup[data.pad_id])
-    text = held_out.whole()
+    text = held_out.whole
     ids = _canonical(text["tokens"], lookup)
     suffixes = Suffixes(order, pad_id, int(max(ids.max(), pad_id)) + 1)
     numbers = suffixes.add(ids, text["document_ids"])

@@ -65,13 +65,19 @@ class Subject:
         return ParameterBudget.of(self.model.config, None if self.run is None else self.run.data.config.seq_len)
 
     @property
+    def memory_kind(self) -> str | None:
+        """Of its memory; None if it has none."""
+        config = self.model.config
+        return config.memory.kind if config.memory is not None and config.has_memory else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.embed.weight.device
 
     def describe(self) -> dict[str, Any]:
         """What a page says of it."""
-        run, config = self.run, self.model.config
+        run = self.run
         return {
             "name": self.name,
             "path": str(self.path),
@@ -79,7 +85,7 @@ class Subject:
             "total": self.budget.total,
             "active": self.budget.active,
             "flops_per_token": self.budget.flops,
-            "memory": config.memory.kind if config.memory is not None and config.has_memory else None,
+            "memory": self.memory_kind,
             "tokens": None if run is None else run.samples * run.data.config.seq_len,
             "corpus_hash": None if run is None else run.corpus,
             "seed": run.result.get("seed") if run is not None else None,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram.config import ConfigError, require
-from engram.training.probes import ask, questions_of
+from engram.training.probes import answers_by_group, ask, questions_of, score
 from eval.shared.question import Asked
 from eval.shared.subjects import Subject
 
@@ -57,15 +57,13 @@ def probes_of(asked: Asked, subject: Subject, n: int = 0) -> Callable[[], list[M
             with asked.precision():
                 answers = ask(subject.model, questions, asked.options.batch_size or 32)
             groups: dict[str, NDArray[np.bool_]] = {"": np.ones(len(answers.question), bool)}
-            names = list(dict.fromkeys(name for example in examples for name, _ in example.group))
-            values = {each for example in examples for each in example.group}
-            for group in sorted(values, key=lambda each: (names.index(each[0]), each[1])):
-                of_group = np.array([group in example.group for example in examples])
-                groups[f"{group[0].replace('_', ' ')} {group[1]}"] = of_group[answers.question]
-            chance = np.array([example.chance for example in examples])[answers.question]
+            members = answers_by_group(examples, answers)
+            names = list(dict.fromkeys(name for name, _ in members))
+            for group in sorted(members, key=lambda each: (names.index(each[0]), each[1])):
+                groups[f"{group[0].replace('_', ' ')} {group[1]}"] = members[group]
             for group_name, who in groups.items():
                 marks = answers.right[who].astype(np.float64), answers.question[who]
-                found.append(Marks(name, group_name, "answers right", float(chance[who].mean()), *marks))
+                found.append(Marks(name, group_name, "answers right", score(examples, answers, who).chance, *marks))
         return found
 
     return mark

@@ -16,7 +16,9 @@ from engram.backbone import EngramLM
 from engram.cli import main as engram
 from engram.config import ModelConfig
 from engram.training.weights import save_model
-from eval.routing import Contrast, compared, divergence, pairs_by_load, quarters, turned
+from eval.routing import quarters
+from eval.shared.contrasts import Contrast, compared, divergence, turned
+from eval.shared.pairs import pairs_by_load
 from eval.shared.subjects import Subject, open_subjects
 
 TOKENS = 4096

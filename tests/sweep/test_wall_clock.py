@@ -134,7 +134,7 @@ def test_runs_that_cannot_be_compared_by_the_clock_are_refused_in_a_sentence(rea
     timed, why = timed_measures(rows)
     assert timed == []
     assert reason in why
-    section = "".join(wall_clock_section(plan_at(tmp_path)[0], rows, timed, why))
+    section = "".join(wall_clock_section(plan_at(tmp_path)[0], rows, timed, why, ""))
     assert reason in section
     assert "<img" not in section
 
@@ -163,7 +163,7 @@ def test_only_what_holds_both_ways_is_settled(tmp_path: Path) -> None:
         return float(offsets[rho] - 0.4 * math.log(tokens) + 0.05 * seed + noise[rho, seed])
 
     rows = rows_of(SPEED[:, None] * np.exp(generator.normal(0, 1e-3, (4, 3))), loss)
-    section = wall_clock_section(plan_at(tmp_path)[0], rows, *timed_measures(rows))
+    section = wall_clock_section(plan_at(tmp_path)[0], rows, *timed_measures(rows), "")
     found = settled(section, "all experts")
     assert {rho: cells[2] for rho, cells in found.items()} == {
         "0.000": "behind",
@@ -182,7 +182,7 @@ def test_only_what_holds_both_ways_is_settled(tmp_path: Path) -> None:
 
 def test_one_seed_settles_nothing(tmp_path: Path) -> None:
     rows = rows_of(SPEED[:, None])
-    section = wall_clock_section(plan_at(tmp_path, seeds=[0], workers=1)[0], rows, *timed_measures(rows))
+    section = wall_clock_section(plan_at(tmp_path, seeds=[0], workers=1)[0], rows, *timed_measures(rows), "")
     assert {cells[2] for cells in settled(section, "all memory").values()} == {"not settled"}
     assert "unknown: one seed" in "".join(section)
     assert "one run at a time" in "".join(section)

@@ -18,7 +18,7 @@ from engram.inference import generate
 from engram.inference.opening import open_model
 from engram.synthetic.examples import Example
 from engram.synthetic.mixture import TASKS
-from engram.training.probes import ask, questions_of, score, scores_by_group
+from engram.training.probes import answers_by_group, ask, questions_of, score
 from engram.training.tokenizer import train_bpe
 
 Train = Callable[..., Run]
@@ -112,7 +112,7 @@ def test_scores_are_means_over_answers_by_value_of_each_group(
     model: EngramLM, tokenizer: Tokenizer, examples: list[Example]
 ) -> None:
     answers = ask(model, questions_of(examples, tokenizer, EOS))
-    found = scores_by_group(examples, answers)
+    found = {value: score(examples, answers, who) for value, who in answers_by_group(examples, answers).items()}
     assert found.keys() == {value for example in examples for value in example.group}
     for kind, rest in (("a", 0), ("b", 1)):
         own = [i for i, question in enumerate(answers.question) if question % 2 == rest]

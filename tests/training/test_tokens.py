@@ -80,7 +80,7 @@ def test_every_document_comes_back_with_its_domain_and_one_eos_after_it(tmp_path
             assert np.flatnonzero(ids == 1).tolist() == [len(ids) - 1]
             assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == document.text
             at = np.arange(file.starts[i], file.starts[i + 1])
-            assert {("even", "odd")[domain] for domain in file.domain_at(at)} == {document.domain}
+            assert {("even", "odd")[domain] for domain in file.domain_of(file.document_at(at))} == {document.domain}
 
 
 @pytest.mark.parametrize("make", [bpe, lambda texts: sentence_piece_like()], ids=["byte-level", "by offsets"])
