@@ -186,6 +186,7 @@ class Reader:
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], str]) -> None:
         self.tokenizer, self.write = tokenizer, write
         self.embed = SimpleNamespace(weight=torch.zeros(()))
+        self.head_weight = torch.eye(tokenizer.get_vocab_size())  # hidden states are logits
 
     def run(self, ids: torch.Tensor, documents: torch.Tensor) -> Any:
         hidden = torch.zeros(*ids.shape, self.tokenizer.get_vocab_size())
