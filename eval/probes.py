@@ -38,8 +38,8 @@ from eval.shared.subjects import Subject
 _ABOUT = """<p>Documents of synthetic tasks were mixed into the training text, and each checkpoint is asked about them.
 <b>Facts</b>, asked as they were told: which of 16 values a made-up entity has, told a known number of times; its
 name stands right before the value (near), or at the start of the sentence (far); its family name is its own, or
-shared with three others (of which the one told most often is mostly what the family name alone tells). Entities
-that were told of 0 times are a control: nobody can know them. <b>Induction</b>: a stretch of random words comes
+shared with three others told of as often (so that the family name alone tells a quarter of them). Entities that
+were told of 0 times are a control: nobody can know them. <b>Induction</b>: a stretch of random words comes
 again and is to be copied. <b>Recall</b>: keys with values, then the keys in another order. <b>Arithmetic</b>:
 modular addition, of pairs of numbers that were trained on and of pairs that never were. <b>Brackets</b>: closers of
 what is still open. An answer is right if the model would write all of it by itself. Accuracies have 95&nbsp;%

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from random import Random
 from typing import ClassVar, NamedTuple
 
@@ -29,7 +30,7 @@ TEMPLATES = {
         "{entity} wrote in a letter home that no {relation} is quite like {value}.",
     ),
 }
-SIBLINGS = 4  # entities that share a given name, and as many that share a family name
+SIBLINGS = 4  # entities of a clan that share a given name, and as many that share a family name
 
 
 class Fact(NamedTuple):
@@ -58,11 +59,13 @@ class Facts:
 
     What an N-gram table can do here: the row of the last two or three tokens tells a `near` fact with `own` names, as
     far as the tokenizer has the family name in so many tokens. It doesn't tell `far` ones, whose last tokens are the
-    same in all sentences: for those a model has to bring the name to where it is needed by attention. Of `near` facts
-    with `shared` names it tells what was told most about a family: values are drawn without regard to names, but a fact
-    told 64 times drowns those of its few siblings. The word that most often follows the family name answers 0.28, 0.43,
-    0.62 and 0.89 of those told 1, 4, 16 and 64 times; more than that takes the given name, which stands further away. A
-    guess knows the relation and its 16 values.
+    same in all sentences: for those a model has to bring the name to where it is needed by attention.
+
+    Entities with `shared` names come in clans: each of four given names goes with each of four family names, all are
+    told of in the same relation and as often as each other, and its 16 values are dealt out to them once each. So either
+    name alone leaves four values open, and only both tell a fact: more than a quarter right takes the given name as
+    well, which stands further away. (The last clan of a kind may be smaller, and leave less open.) A guess knows the
+    relation and its 16 values.
 
     A document tells of about `document_bytes` / 60 facts, and of none twice.
     """
@@ -79,17 +82,22 @@ class Facts:
 
     def facts(self, n_bytes: int, seed: int) -> list[Fact]:
         """All that are told in `n_bytes` of documents, and a control for each of one number of exposures."""
-        kinds = [(place, names) for place in TEMPLATES for names in ("own", "shared")]
-        levels = (0, *self.exposures)
-        n = max(1, round(n_bytes / (sum(self.exposures) * len(kinds) * _MEAN_BYTES)))
+        cells = [(place, level) for place in TEMPLATES for level in (0, *self.exposures)]
+        n = max(1, round(n_bytes / (sum(self.exposures) * 2 * len(TEMPLATES) * _MEAN_BYTES)))
+        clans = -(-n // SIBLINGS**2)
+        n_clan = SIBLINGS * clans * len(cells)
         random = Random(f"facts {seed}")
-        cells = [(place, names, level) for place, names in kinds for level in levels for _ in range(n)]
-        entities = _Entities(cells, random)
+        words = [word.title() for word in nonce_words(2 * n_clan + n * len(cells), random)]
+        given, family, own = words[:n_clan], iter(words[n_clan : 2 * n_clan]), iter(words[2 * n_clan :])
+        clan_given = iter(given)
         facts = []
-        for place, names, level in cells:
-            relation = random.choice(list(VALUES))
-            value = random.choice(VALUES[relation].split())
-            facts.append(Fact(entities.next(names), relation, value, place, names, level))
+        for place, level in cells:
+            for _ in range(n):
+                relation = random.choice(list(VALUES))
+                value = random.choice(VALUES[relation].split())
+                facts.append(Fact(f"{random.choice(given)} {next(own)}", relation, value, place, "own", level))
+            related = [_clan([*islice(clan_given, SIBLINGS)], [*islice(family, SIBLINGS)], random) for _ in range(clans)]
+            facts.extend(Fact(*told, place, "shared", level) for told in islice(chain(*related), n))
         return facts
 
     def training(self, n_bytes: int, seed: int) -> Iterator[str]:
@@ -119,25 +127,12 @@ class Facts:
 _MEAN_BYTES = 65  # of a sentence
 
 
-class _Entities:
-    """Names: of so many entities that share theirs as there are facts about them, and of any that don't."""
-
-    def __init__(self, cells: Sequence[tuple[str, str, int]], random: Random) -> None:
-        n_shared = sum(names == "shared" for _, names, _ in cells)
-        n_own = len(cells) - n_shared
-        side = max(SIBLINGS, -(-n_shared // SIBLINGS))
-        words = nonce_words(2 * side + n_own, random)
-        given, family, self._own = words[:side], words[side : 2 * side], words[2 * side :]
-        self._given, self._random = given, random
-        # Each given name goes with SIBLINGS family names, and each family name with as many given ones.
-        pairs = [(g, (g + i * (side // SIBLINGS)) % side) for g in range(side) for i in range(SIBLINGS)]
-        self._shared = [f"{given[g]} {family[f]}" for g, f in random.sample(pairs, len(pairs))]
-
-    def next(self, names: str) -> str:
-        """The name of an entity that had no turn yet."""
-        if names == "own":
-            return f"{self._random.choice(self._given)} {self._own.pop()}".title()
-        return self._shared.pop().title()
+def _clan(given: Sequence[str], family: Sequence[str], random: Random) -> list[tuple[str, str, str]]:
+    """Entity, relation and value of all that can be made of these names, family by family."""
+    relation = random.choice(list(VALUES))
+    values = random.sample(VALUES[relation].split(), len(given) * len(family))
+    entities = [f"{first} {last}" for last in family for first in given]
+    return [(entity, relation, value) for entity, value in zip(entities, values, strict=True)]
 
 
 def _question(fact: Fact, template: int) -> Example:
