@@ -62,7 +62,7 @@ class Facts:
     same in all sentences: for those a model has to bring the name to where it is needed by attention.
 
     Entities with `shared` names come in clans: each of four given names goes with each of four family names, all are
-    told of in the same relation and as often as each other, and its 16 values are dealt out to them once each. So either
+    told of in the same relation and as often as each other, and its 16 values are dealt out to them once each. Either
     name alone leaves four values open, and only both tell a fact: more than a quarter right takes the given name as
     well, which stands further away. (The last clan of a kind may be smaller, and leave less open.) A guess knows the
     relation and its 16 values.
@@ -96,8 +96,8 @@ class Facts:
                 relation = random.choice(list(VALUES))
                 value = random.choice(VALUES[relation].split())
                 facts.append(Fact(f"{random.choice(given)} {next(own)}", relation, value, place, "own", level))
-            related = [_clan([*islice(clan_given, SIBLINGS)], [*islice(family, SIBLINGS)], random) for _ in range(clans)]
-            facts.extend(Fact(*told, place, "shared", level) for told in islice(chain(*related), n))
+            deal = [_clan([*islice(clan_given, SIBLINGS)], [*islice(family, SIBLINGS)], random) for _ in range(clans)]
+            facts.extend(Fact(*told, place, "shared", level) for told in islice(chain(*deal), n))
         return facts
 
     def training(self, n_bytes: int, seed: int) -> Iterator[str]:

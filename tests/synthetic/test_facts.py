@@ -63,7 +63,7 @@ def test_own_family_names_tell_an_entity_and_shared_ones_do_not(facts: list[Fact
 
 
 @pytest.mark.parametrize("word", [0, 1])
-def test_one_of_two_shared_names_leaves_a_value_each_for_all_who_have_it_however_often_they_were_told(word: int) -> None:
+def test_one_of_two_shared_names_leaves_open_who_of_those_that_have_it_is_meant(word: int) -> None:
     whole = 0
     for seed in range(3):
         sharing: dict[str, list[Fact]] = {}
