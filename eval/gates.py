@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import html
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -23,17 +23,16 @@ from torch import Tensor
 from engram.config import ConfigError, require
 from engram.memory import Engram
 from engram.pages import table
-from engram.sweep.fit import Interval
 from engram.training.data import Batch
-from eval.shared.bootstrap import ratios
 from eval.shared.command import main
+from eval.shared.groups import Groups, all_tokens
 from eval.shared.heat_map import Shades, Text, heat_map, side_by_side, visible
 from eval.shared.observe import observed, places_of
 from eval.shared.page import interval
 from eval.shared.pictures import draw_shares, name_counts, plot_intervals
 from eval.shared.pieces import Pieces
 from eval.shared.question import Asked, Question, Result
-from eval.shared.strata import SuffixCounts, bin_name, binned, count_suffixes, hot_from_of, stratum_names
+from eval.shared.strata import SuffixCounts, count_suffixes, hot_from_of
 from eval.shared.strata import add_options as add_strata_options
 from eval.shared.subjects import Subject
 
@@ -48,9 +47,9 @@ hidden state it is added to. Brackets hold 95&nbsp;% intervals from drawing docu
 the suffix N-gram, which ends in the token itself.</p>"""
 
 
-def gates_and_updates(asked: Asked, subject: Subject) -> Floats:
-    """Of every held-out token, memory and branch the gate and the update's share of the hidden state,
-    `[windows, T, memories, M, 2]`; memories in the order of their blocks."""
+def gates_and_updates(asked: Asked, subject: Subject) -> Iterator[Floats]:
+    """Of every held-out token, memory and branch the gate and the update's share of the hidden state, batch after
+    batch `[tokens, memories, M, 2]`; memories in the order of their blocks."""
 
     # The hidden state before each memory, and with its update.
     places = pairwise(places_of(subject.model))
@@ -82,39 +81,38 @@ def measure(asked: Asked) -> Result:
     if not gated:
         without = ", ".join(f"{subject.name} ({subject.memory_kind or _NONE})" for subject in asked.subjects)
         raise ConfigError(f"none of the checkpoints has gates: {without}")
-    suffixes = count_suffixes(held_out, asked.subjects[0], options.order)
+    suffixes = count_suffixes(held_out, asked.subjects[0], options.order, options.train_tokens)
     text, pieces = held_out.whole, Pieces(held_out.data.tokenizer)
-    documents = np.unique(text["document_ids"], return_inverse=True)[1].ravel()
-    kinds = groups_of(suffixes, hot_from)
+    kinds = [all_tokens(text["tokens"].size), suffixes.by_stratum(hot_from), suffixes.by_count()]
+    groups = Groups(text["document_ids"], kinds)
     drawn = np.random.default_rng(options.seed).permutation(held_out.n_windows)[: options.excerpts].tolist()
     spelt = Spelling(suffixes, text["tokens"], text["document_ids"], pieces)
     answers: dict[str, Any] = {
         subject.name: {"memory": subject.memory_kind or _NONE, "gates": []} for subject in asked.subjects
     }
     for subject in gated:
-        values = gates_and_updates(asked, subject)
-        layers = sorted(int(name) for name in subject.model.memory)
-        cells = [(i, m) for i in range(values.shape[2]) for m in range(values.shape[3])]
-        columns = np.stack([values[:, :, i, m, k].ravel() for i, m in cells for k in (0, 1)])
-        means = iter(means_by_group(columns, documents, [(len(names), who) for _, names, who in kinds]))
+        layers, M = sorted(int(name) for name in subject.model.memory), subject.model.config.branches
+        kept = Kept((*text["tokens"].shape, len(layers), M), drawn, options.excerpt_tokens)
+        sums = groups.summed(kept.passed(gates_and_updates(asked, subject)))
+        means = groups.means(sums.reshape(*sums.shape[:2], -1))
         answer = answers[subject.name]
-        for i, m in cells:
-            gate, update = values[:, :, i, m, 0], values[:, :, i, m, 1]
-            quantiles = np.quantile(gate, QUANTILES)
+        for cell, (i, m) in enumerate(np.ndindex(len(layers), M)):
+            quantiles = np.quantile(kept.gates[:, :, i, m].astype(np.float64), QUANTILES)
             answer["gates"].append(
                 {
                     "layer": layers[i],
                     "branch": m,
                     "quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=True)),
-                    "gate": next(means),
-                    "update": next(means),
-                    "excerpts": [_rounded(gate[w, : options.excerpt_tokens]) for w in drawn],
-                    "updates": [_rounded(update[w, : options.excerpt_tokens]) for w in drawn],
+                    "gate": [each[2 * cell] for each in means],
+                    "update": [each[2 * cell + 1] for each in means],
+                    "excerpts": [_rounded(excerpt[:, i, m, 0]) for excerpt in kept.excerpts],
+                    "updates": [_rounded(excerpt[:, i, m, 1]) for excerpt in kept.excerpts],
                 }
             )
+        mean_gates = (kept.gates[:, :, i].mean(-1, dtype=np.float64) for i in range(len(layers)))
         answer["ngrams"] = [
-            {"layer": layer, **extremes(values[:, :, i, :, 0].mean(-1), suffixes, spelt, options.least, options.lists)}
-            for i, layer in enumerate(layers)
+            {"layer": layer, **extremes(gate, suffixes, spelt, options.least, options.lists)}
+            for layer, gate in zip(layers, mean_gates, strict=True)
         ]
     return {
         "order": suffixes.order,
@@ -122,15 +120,8 @@ def measure(asked: Asked) -> Result:
         "least": options.least,
         "counted_in": asked.subjects[0].name,
         "groups": [
-            {
-                "kind": kind,
-                "name": name,
-                "tokens": int((who == i).sum()),
-                "documents": len(np.unique(documents[who == i])),
-                "ngrams": len(np.unique(suffixes.numbers.ravel()[who == i])),
-            }
-            for kind, names, who in kinds
-            for i, name in enumerate(names)
+            {**group, "ngrams": ngrams}
+            for group, ngrams in zip(groups.described(), groups.distinct(suffixes.numbers), strict=True)
         ],
         "excerpts": {
             "seed": options.seed,
@@ -151,33 +142,29 @@ def _rounded(values: Floats) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
 
 
-def groups_of(suffixes: SuffixCounts, hot_from: int) -> list[tuple[str, list[str], NDArray[np.int64]]]:
-    """Kinds of groups, the names of each, and of each token `[tokens]` the number of its group."""
-    counts = suffixes.counts.ravel()
-    bins = binned(counts)
-    return [
-        ("all", ["all tokens"], np.zeros_like(counts)),
-        ("stratum", stratum_names(hot_from), suffixes.strata(hot_from).ravel()),
-        ("count", [bin_name(i) for i in range(int(bins.max()) + 1)], bins),
-    ]
+class Kept:
+    """What is kept of single tokens, beside sums: all gates, for quantiles and N-grams, and some windows' excerpts.
 
+    gates: `[windows, T, memories, M]`, in the float32 that models compute them in. excerpts: gates and updates of the
+    first tokens of each window that is shown, `[tokens, memories, M, 2]`.
+    """
 
-def means_by_group(
-    columns: Floats, documents: NDArray[np.int64], kinds: Sequence[tuple[int, NDArray[np.int64]]]
-) -> list[list[Interval]]:
-    """For each of the columns `[C, tokens]` its mean over each group of each kind, with intervals over documents, which
-    are numbered from 0. A kind is a number of groups, and of each token the number of its group."""
-    n_documents = int(documents.max()) + 1
-    summed = []
-    for values in (np.ones_like(columns[0]), *columns):
-        parts = []
-        for n, who in kinds:
-            sums = np.bincount(documents * n + who, values, n_documents * n)
-            parts.append(sums.reshape(n_documents, n))
-        summed.append(np.concatenate(parts, 1))
-    tokens, G = summed[0], summed[0].shape[1]
-    found = ratios(np.concatenate(summed[1:], 1), np.tile(tokens, (1, len(columns))))
-    return [found[start : start + G] for start in range(0, len(found), G)]
+    def __init__(self, shape: tuple[int, int, int, int], shown: Sequence[int], tokens: int) -> None:
+        self.gates = np.empty(shape, np.float32)
+        self.excerpts = [np.empty((min(tokens, shape[1]), *shape[2:], 2)) for _ in shown]
+        self._shown = shown
+
+    def passed(self, parts: Iterable[Floats]) -> Iterator[Floats]:
+        """The parts of `gates_and_updates`, which leave here what is kept of them."""
+        seq_len, window = self.gates.shape[1], 0
+        for part in parts:
+            windows = part.reshape(-1, seq_len, *part.shape[1:])
+            self.gates[window : window + len(windows)] = windows[..., 0]
+            for excerpt, at in zip(self.excerpts, self._shown, strict=True):
+                if window <= at < window + len(windows):
+                    excerpt[:] = windows[at - window, : len(excerpt)]
+            window += len(windows)
+            yield part
 
 
 class Spelling:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,16 +22,15 @@ from torch import Tensor
 from engram.backbone import EngramLM
 from engram.backbone.loss import chunk_rows
 from engram.pages import table
-from engram.sweep.fit import Interval
 from engram.tensors import widen
 from engram.training.data import Batch
-from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
+from eval.shared.groups import Groups, all_tokens
 from eval.shared.observe import Place, mean_branch, observed, places_of
 from eval.shared.page import interval
 from eval.shared.pictures import bounds
 from eval.shared.question import Asked, Question, Result
-from eval.shared.strata import add_options, count_suffixes, hot_from_of, stratum_names
+from eval.shared.strata import add_options, count_suffixes, hot_from_of
 from eval.shared.subjects import Subject
 
 _ABOUT = """<p>How early a model knows its answer. After the embedding, each memory and each block the hidden state is
@@ -74,8 +73,8 @@ def _log_softmax(model: EngramLM, state: Tensor) -> Tensor:
     return widen(model.logits(model.norm(state))).log_softmax(-1)
 
 
-def of_tokens(asked: Asked, subject: Subject) -> NDArray[np.float64]:
-    """Divergence and agreement of every held-out token at every place, `[windows, T, places, 2]`."""
+def of_tokens(asked: Asked, subject: Subject) -> Iterator[NDArray[np.float64]]:
+    """Divergence and agreement of every held-out token at every place, batch after batch `[tokens, places, 2]`."""
     places = places_of(subject.model)
 
     def measure(batch: Batch) -> Tensor:
@@ -91,27 +90,24 @@ def measure(asked: Asked) -> Result:
     divergence is above its own at the places that both have."""
     hot_from = hot_from_of(asked.options)
     first = asked.subjects[0]
-    suffixes = count_suffixes(asked.held_out, first, asked.options.order)
-    strata, documents = suffixes.strata(hot_from), asked.held_out.whole["target_documents"]
-    named = {"all tokens": np.ones(strata.shape, bool)}
-    named |= {name: strata == i for i, name in enumerate(stratum_names(hot_from))}
-    groups = {name: who for name, who in named.items() if who.any()}
+    suffixes = count_suffixes(asked.held_out, first, asked.options.order, asked.options.train_tokens)
+    documents = asked.held_out.whole["target_documents"]
+    groups = Groups(documents, [all_tokens(documents.size), suffixes.by_stratum(hot_from)])
 
-    def means(values: NDArray[np.float64]) -> dict[str, list[Interval]]:
-        """Of values `[windows, T, S]`: S for each group."""
-        return {name: _means(values[who], documents[who]) for name, who in groups.items()}
+    def means(sums: NDArray[np.float64]) -> dict[str, Any]:
+        return dict(zip(groups.names, groups.means(sums), strict=True))
 
     answers: dict[str, Any] = {}
     of_first: dict[Place, NDArray[np.float64]] = {}
     for subject in asked.subjects:
-        places, values = places_of(subject.model), of_tokens(asked, subject)
-        kl = dict(zip(places, np.moveaxis(values[..., _KL], -1, 0), strict=True))
+        places, sums = places_of(subject.model), groups.summed(of_tokens(asked, subject))
+        kl = dict(zip(places, np.moveaxis(sums[..., _KL], -1, 0), strict=True))
         of_first = of_first or kl
         answer = {
             "n_blocks": len(subject.model.blocks),
             "places": [place._asdict() for place in places],
-            "kl": means(values[..., _KL]),
-            "agreement": means(values[..., _AGREEMENT]),
+            "kl": means(sums[..., _KL]),
+            "agreement": means(sums[..., _AGREEMENT]),
             "difference": None,
         }
         if subject is not first and len(subject.model.blocks) == len(first.model.blocks):
@@ -119,21 +115,8 @@ def measure(asked: Asked) -> Result:
             less = np.stack([kl[place] - of_first[place] for place in shared], -1)
             answer["difference"] = {"places": [place._asdict() for place in shared], "kl": means(less)}
         answers[subject.name] = answer
-    return {
-        "order": suffixes.order,
-        "hot_from": hot_from,
-        "groups": [
-            {"name": name, "tokens": int(who.sum()), "documents": len(np.unique(documents[who]))}
-            for name, who in groups.items()
-        ],
-        "checkpoints": answers,
-    }
-
-
-def _means(values: NDArray[np.float64], documents: NDArray[np.int64]) -> list[Interval]:
-    """Means over tokens `[n, S]`, with intervals over documents `[n]`."""
-    sums, tokens = sums_by_document(documents, values), sums_by_document(documents, np.ones(len(values)))
-    return ratios(sums, np.broadcast_to(tokens[:, None], sums.shape))
+    described = [{key: group[key] for key in ("name", "tokens", "documents")} for group in groups.described()]
+    return {"order": suffixes.order, "hot_from": hot_from, "groups": described, "checkpoints": answers}
 
 
 def draw(result: Result) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import sys
-from functools import cached_property
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from engram.backbone import token_losses
 from engram.pages import GREY, table
 from engram.training.data import Batch
-from eval.shared.bootstrap import ratios
 from eval.shared.command import main
-from eval.shared.held_out import HeldOut
+from eval.shared.groups import Groups, Kind, all_tokens
 from eval.shared.page import interval
 from eval.shared.pictures import draw_shares, name_counts, plot_intervals
 from eval.shared.question import Asked, Question, Result
-from eval.shared.strata import SuffixCounts, add_options, bin_name, binned, count_suffixes, hot_from_of, stratum_names
+from eval.shared.strata import SuffixCounts, add_options, count_suffixes, hot_from_of
 from eval.shared.subjects import Subject
 
 _ABOUT = """<p>How well each checkpoint predicts text that none was trained on. Lower is better. Tokens are told apart
@@ -35,95 +34,60 @@ Brackets hold 95&nbsp;% intervals from drawing documents again; differences are 
 better known than the losses themselves: below zero, the other checkpoint is better than the first.</p>"""
 
 
-def token_nats(asked: Asked, subject: Subject, about: str = "") -> NDArray[np.float64]:
-    """Loss in nats of every held-out token `[windows, T]`."""
+def token_nats(asked: Asked, subject: Subject) -> Iterator[NDArray[np.float64]]:
+    """Loss in nats of every held-out token, batch after batch `[tokens]`."""
 
     def measure(batch: Batch) -> Any:
         with asked.precision():
             hidden = subject.model.run(batch["tokens"], batch["document_ids"]).hidden
             return token_losses(hidden, subject.model.head_weight, batch["targets"])
 
-    return asked.held_out.of_each_token(subject, measure, about or f"losses of {subject.name}")
+    return asked.held_out.of_each_token(subject, measure, f"losses of {subject.name}")
 
 
-def groups_of(held_out: HeldOut, suffixes: SuffixCounts, hot_from: int) -> dict[str, dict[str, NDArray[np.bool_]]]:
-    """Which tokens `[windows, T]` are told of together: kinds of groups, their names, and members."""
-    text, counts = held_out.whole, suffixes.counts
-    strata = suffixes.strata(hot_from)
-    groups = {
-        "all": {"all tokens": np.ones(counts.shape, bool)},
-        "domain": {name: text["domains"] == i for i, name in enumerate(held_out.domains)},
-        "pair": {"new pairs": text["repeated"] == 0, "repeated pairs": text["repeated"] == 1},
-        "stratum": {name: strata == i for i, name in enumerate(stratum_names(hot_from))},
-        "count": {bin_name(i): binned(counts) == i for i in range(int(binned(counts).max()) + 1)},
-    }
-    return {kind: {name: who for name, who in named.items() if who.any()} for kind, named in groups.items()}
-
-
-class Groups:
-    """The groups that `groups_of` makes, and sums over their tokens.
-
-    described: of each what a page says of it, kind and name first.
-    """
-
-    def __init__(self, held_out: HeldOut, suffixes: SuffixCounts, hot_from: int) -> None:
-        text, named = held_out.whole, groups_of(held_out, suffixes, hot_from)
-        documents, n_bytes = text["target_documents"], text["target_bytes"]
-        self.order, self.hot_from, self.n_bytes = suffixes.order, hot_from, n_bytes
-        numbers, self._place = np.unique(documents.ravel(), return_inverse=True)
-        self._n_documents = len(numbers)
-        self._members = [who.ravel() for each in named.values() for who in each.values()]
-        self.described = [
-            {
-                "kind": kind,
-                "name": name,
-                "tokens": int(who.sum()),
-                "bytes": int(n_bytes[who].sum()),
-                "documents": len(np.unique(documents[who])),
-                "ngrams": len(np.unique(suffixes.numbers[who])),
-            }
-            for kind, each in named.items()
-            for name, who in each.items()
-        ]
-
-    @cached_property
-    def tokens(self) -> NDArray[np.float64]:
-        """How many there are `[documents, groups]`."""
-        return self.summed(np.ones(len(self._place)))
-
-    def summed(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """Sums of a value of each token `[windows, T]` by document and group, `[documents, groups]`."""
-        values = values.ravel()  # a group at a time: all of them at once would be as many copies of the text
-        sums = [np.bincount(self._place[who], values[who], self._n_documents) for who in self._members]
-        return np.stack(sums, -1)
-
-
-def grouped(asked: Asked) -> Groups:
-    """Groups of the text, by what the first checkpoint was trained on. Raises `ConfigError` for bad options of them."""
+def grouped(asked: Asked) -> tuple[Groups, SuffixCounts]:
+    """Groups of the text, those of times seen by what the first checkpoint was trained on. Raises `ConfigError` for bad
+    options of them."""
     hot_from = hot_from_of(asked.options)
-    return Groups(asked.held_out, count_suffixes(asked.held_out, asked.subjects[0], asked.options.order), hot_from)
+    suffixes = count_suffixes(asked.held_out, asked.subjects[0], asked.options.order, asked.options.train_tokens)
+    text = asked.held_out.whole
+    kinds = [
+        all_tokens(text["targets"].size),
+        Kind("domain", list(asked.held_out.domains), text["domains"]),
+        Kind("pair", ["new pairs", "repeated pairs"], text["repeated"]),
+        suffixes.by_stratum(hot_from),
+        suffixes.by_count(),
+    ]
+    return Groups(text["target_documents"], kinds), suffixes
+
+
+def described(asked: Asked, groups: Groups, suffixes: SuffixCounts) -> Result:
+    """What a page says of the groups that `grouped` made, and how."""
+    n_bytes = groups.summed([asked.held_out.whole["target_bytes"].ravel()]).sum(0).astype(int).tolist()
+    told = zip(groups.described(), n_bytes, groups.distinct(suffixes.numbers), strict=True)
+    return {
+        "order": suffixes.order,
+        "hot_from": hot_from_of(asked.options),
+        "groups": [{**group, "bytes": size, "ngrams": ngrams} for group, size, ngrams in told],
+    }
 
 
 def measure(asked: Asked) -> Result:
     """Losses of all groups for each checkpoint, and their differences from the first."""
-    groups = grouped(asked)
-    nats = {subject.name: token_nats(asked, subject) for subject in asked.subjects}
+    groups, suffixes = grouped(asked)
+    nats = {subject.name: groups.summed(token_nats(asked, subject)) for subject in asked.subjects}
     first = nats[asked.subjects[0].name]
-    in_bits = groups.summed(groups.n_bytes) * np.log(2)  # bytes, such that nats over them are bits over bytes
-    answers = {}
-    for name, values in nats.items():
-        own, less = groups.summed(values), groups.summed(values - first)
-        answers[name] = {
-            "nats": ratios(own, groups.tokens),
-            "bits_per_byte": ratios(own, in_bits),
-            "difference": ratios(less, groups.tokens),
+    # In nats, so that nats over them are bits over bytes.
+    in_bits = groups.summed([asked.held_out.whole["target_bytes"].ravel()]) * np.log(2)
+    answers = {
+        name: {
+            "nats": groups.mean(sums),
+            "bits_per_byte": groups.mean(sums, over=in_bits),
+            "difference": groups.mean(sums - first),
         }
-    return {
-        "order": groups.order,
-        "hot_from": groups.hot_from,
-        "groups": groups.described,
-        "checkpoints": answers,
+        for name, sums in nats.items()
     }
+    return {**described(asked, groups, suffixes), "checkpoints": answers}
 
 
 def draw(result: Result) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import html
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from torch import Tensor
 from engram.backbone.loss import chunk_rows, losses_of
 from engram.pages import GREY, table
 from engram.training.data import Batch
-from eval.loss import Groups, grouped
+from eval.loss import described, grouped
 from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
+from eval.shared.groups import Groups
 from eval.shared.interventions import CHANGES, Change, memories_of, suppressed
 from eval.shared.page import interval, percent
 from eval.shared.pictures import bounds, name_counts, plot_intervals
@@ -66,13 +67,13 @@ def measure(asked: Asked) -> Result:
         )
         for subject in able
     }
-    groups = grouped(asked)
+    groups, suffixes = grouped(asked)
     answers = {}
     for subject in able:
         scores, marks = {}, {}
         for change in (None, *CHANGES):
             with suppressed(subject.model, change, options.layers) if change is not None else nullcontext():
-                scores[change] = _token_scores(asked, subject, change or "as it is")
+                scores[change] = groups.summed(_token_scores(asked, subject, change or "as it is"))
                 marks[change] = [mark for ask in tasks[subject.name] for mark in ask()]
         answers[subject.name] = {
             "memories": list(memories_of(subject.model, options.layers)),
@@ -80,16 +81,14 @@ def measure(asked: Asked) -> Result:
             "tasks": [_of_task(list(each)) for each in zip(*marks.values(), strict=True)],
         }
     return {
-        "order": groups.order,
-        "hot_from": groups.hot_from,
-        "groups": groups.described,
+        **described(asked, groups, suffixes),
         "without_memory": [subject.name for subject in asked.subjects if subject not in able],
         "checkpoints": answers,
     }
 
 
-def _token_scores(asked: Asked, subject: Subject, state: str) -> NDArray[np.float64]:
-    """Of every held-out token nats, and 1 if it is the likeliest, `[windows, T, 2]`."""
+def _token_scores(asked: Asked, subject: Subject, state: str) -> Iterator[NDArray[np.float64]]:
+    """Of every held-out token nats, and 1 if it is the likeliest, batch after batch `[tokens, 2]`."""
     model = subject.model
 
     def measure(batch: Batch) -> Tensor:
@@ -105,15 +104,13 @@ def _token_scores(asked: Asked, subject: Subject, state: str) -> NDArray[np.floa
 
 
 def _of_groups(groups: Groups, scores: dict[Change | None, NDArray[np.float64]]) -> dict[str, Any]:
-    """Loss and hits by group, as the model is and under each change."""
+    """Loss and hits by group, as the model is and under each change, from sums `[documents, groups, 2]`."""
     normal = scores[None]
-    hits = groups.summed(normal[..., 1])
     found: dict[str, Any] = {}
     for change, each in scores.items():
         own = {"nats": each[..., 0], "accuracy": each[..., 1], "difference": (each - normal)[..., 0]}
-        told: dict[str, Any] = {name: ratios(groups.summed(values), groups.tokens) for name, values in own.items()}
-        told["retained"] = ratios(groups.summed(each[..., 1]), hits)
-        found[change or "normal"] = told
+        told = {name: groups.mean(sums) for name, sums in own.items()}
+        found[change or "normal"] = {**told, "retained": groups.mean(each[..., 1], over=normal[..., 1])}
     return found
 
 

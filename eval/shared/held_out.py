@@ -16,6 +16,8 @@ from engram.training.data import Batch, TokenData
 from eval.shared.progress import shown
 from eval.shared.subjects import Subject
 
+_TOKENS = 2**18  # read at once
+
 
 class HeldOut:
     """The first windows of a validation split.
@@ -45,7 +47,12 @@ class HeldOut:
     @cached_property
     def whole(self) -> dict[str, NDArray[Any]]:
         """All windows as one batch of arrays `[windows, T]`."""
-        return {name: tensor.numpy() for name, tensor in self.data.val_windows(np.arange(self.n_windows)).items()}
+        found: dict[str, NDArray[Any]] = {}
+        for start in range(0, self.n_windows, size := max(1, _TOKENS // self.seq_len)):
+            windows = np.arange(start, min(start + size, self.n_windows))
+            for name, tensor in self.data.val_windows(windows).items():
+                found.setdefault(name, np.empty((self.n_windows, self.seq_len), np.int64))[windows] = tensor.numpy()
+        return found
 
     def batches(self, device: torch.device | str = "cpu", about: str = "") -> Iterator[Batch]:
         """The windows in order, as batches on a device. Shows its progress, about what is said, if anything is."""
@@ -53,13 +60,15 @@ class HeldOut:
             batch = self.data.val_windows(np.arange(start, min(start + self.batch_size, self.n_windows)))
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
-    @torch.no_grad()
     def of_each_token(
         self, subject: Subject, measure: Callable[[Batch], Tensor], about: str = ""
-    ) -> NDArray[np.float64]:
-        """What `measure` gives of each batch, `[B, T, ...]`, for all windows in order, on the host in float64."""
-        parts = [measure(batch).double().cpu().numpy() for batch in self.batches(subject.device, about)]
-        return np.concatenate(parts)
+    ) -> Iterator[NDArray[np.float64]]:
+        """What `measure` gives of each batch, `[B, T, ...]`, for all windows in order, on the host in float64: batch
+        after batch, `[tokens, ...]`."""
+        for batch in self.batches(subject.device, about):
+            with torch.no_grad():
+                found = measure(batch)
+            yield found.flatten(0, 1).double().cpu().numpy()
 
 
 def held_out_of(subjects: Sequence[Subject], data: TokenData | None, tokens: int, batch_size: int) -> HeldOut:
