@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,10 @@ from engram.memory import MemoryTable, RowReader
 from engram.pages import GREY, table
 from eval.shared.caching import served_by_least_recently_used, served_by_most_read
 from eval.shared.command import main
+from eval.shared.ngrams import Counts, Suffixes
 from eval.shared.occupancy import Shared, occupied, shared
 from eval.shared.question import Asked, Question, Result
-from eval.shared.strata import Suffixes, bin_name, binned, trained_on
+from eval.shared.strata import add_train_tokens, bin_name, binned, trained_on
 from eval.shared.subjects import Subject
 from eval.shared.zipf import zipf
 
@@ -60,6 +62,11 @@ class Layer:
         orders = [(order, k) for order in config.orders for k in range(config.n_heads)]
         return [(*who, slice(a, a + n)) for who, a, n in zip(orders, starts, sizes, strict=True)]
 
+    @property
+    def narrow(self) -> type[np.uint32] | type[np.int64]:
+        """A type that holds its row numbers."""
+        return np.uint32 if self.reader.n_rows <= 2**32 else np.int64
+
     def rows(self, ids: torch.Tensor, documents: torch.Tensor | None = None) -> Ints:
         """Rows `[B, T, H]` that raw ids read."""
         device = self.reader.hasher.moduli.device
@@ -86,23 +93,29 @@ class NgramCounts:
         hasher = reader.hasher
         self.order, self._eos = order, hasher.eos_id if hasher.resets_at_eos else None
         self._lookup = np.arange(reader.vocab_size) if reader.lookup is None else reader.lookup.cpu().numpy()
-        self._suffixes = Suffixes(order, hasher.pad_id, hasher.n_canonical)
-        self.counts = np.zeros(0, np.int64)
+        self._suffixes, self._counts = Suffixes(order, hasher.pad_id, hasher.n_canonical), Counts()
+        self._lowest = np.unique(self._lookup, return_index=True)[1]
 
     def add(self, tokens: Ints, documents: Ints, times: Ints) -> None:
         """Count those of windows `[windows, T]` that were each read so many times, `[windows]`."""
-        numbers = self._suffixes.add(*self._as_hashed(tokens, documents))
-        self.counts = np.append(self.counts, np.zeros(len(self._suffixes) - len(self.counts), np.int64))
-        np.add.at(self.counts, numbers, times[:, None])
+        self._counts.add(self._suffixes.keys(*self._as_hashed(tokens, documents)), times)
 
-    def find(self, tokens: Ints, documents: Ints) -> Ints:
-        """Their numbers in another text, `[windows, T]`; -1 for new ones."""
-        return self._suffixes.find(*self._as_hashed(tokens, documents))
+    @property
+    def counts(self) -> Ints:
+        """How often each of them was read, `[N-grams]`."""
+        return self._counts.all()[1]
 
-    def raw_ids(self) -> torch.Tensor:
-        """Raw ids of each, `[N-grams, order]`, of the many that may spell it the lowest."""
-        lowest = np.unique(self._lookup, return_index=True)[1]
-        return torch.from_numpy(lowest[self._suffixes.ids()])
+    def new(self, tokens: Ints, documents: Ints) -> NDArray[np.bool_]:
+        """Which of another text `[windows, T]` are none of them."""
+        known = self._counts.all()[0]
+        wanted, place = np.unique(self._suffixes.keys(*self._as_hashed(tokens, documents)), return_inverse=True)
+        return ~np.isin(wanted, known, assume_unique=True)[place].reshape(tokens.shape)
+
+    def raw_ids(self) -> Iterator[torch.Tensor]:
+        """Raw ids of each, some at a time, `[some N-grams, order]`, of the many that may spell it the lowest."""
+        keys = self._counts.all()[0]
+        for start in range(0, len(keys), size := _CHUNK // self.order):
+            yield torch.from_numpy(self._lowest[self._suffixes.ids_of(keys[start : start + size])])
 
     def _as_hashed(self, tokens: Ints, documents: Ints) -> tuple[Ints, Ints]:
         """Canonical ids, and documents as the hash tells them apart."""
@@ -134,18 +147,19 @@ def tables_of(asked: Asked, subject: Subject, layers: list[Layer]) -> list[dict[
     grams = {order: NgramCounts(layers[0].reader, order) for order in config.orders}
     reads = [np.zeros(layer.reader.n_rows, np.int64) for layer in layers]
     about = f"rows that {subject.name} read in training"
-    for part, times in trained_on(held_out, subject, about, asked.options.batch_size):
+    for part, times in trained_on(held_out, subject, about, asked.options.train_tokens, asked.options.batch_size):
         for counted in grams.values():
             counted.add(part["tokens"].numpy(), part["document_ids"].numpy(), times)
         for layer, own in zip(layers, reads, strict=True):
             np.add.at(own, layer.rows(part["tokens"], part["document_ids"]), times[:, None, None])
-    found = [
-        np.concatenate([layer.rows(b["tokens"], b["document_ids"]) for b in held_out.batches(about="held-out reads")])
-        for layer in layers
-    ]
     text = held_out.whole
-    new = {order: counted.find(text["tokens"], text["document_ids"]) < 0 for order, counted in grams.items()}
-    return [_table(*each, grams, new) for each in zip(layers, reads, found, strict=True)]
+    new = {order: counted.new(text["tokens"], text["document_ids"]) for order, counted in grams.items()}
+    tables = []
+    for layer, own in zip(layers, reads, strict=True):
+        batches = held_out.batches(about="held-out reads")
+        found = np.concatenate([layer.rows(b["tokens"], b["document_ids"]).astype(layer.narrow) for b in batches])
+        tables.append(_table(layer, own, found, grams, new))
+    return tables
 
 
 def _table(
@@ -208,16 +222,19 @@ def _table(
 def _sharing(layer: Layer, counted: NgramCounts) -> dict[str, Any]:
     """Of the N-grams of an order, how many share their row, by head and in all heads of the order."""
     at = [(h, rows) for h, (order, _, rows) in enumerate(layer.heads) if order == counted.order]
-    ids, counts = counted.raw_ids(), counted.counts
-    parts = [layer.rows(part)[:, -1, [h for h, _ in at]] for part in ids.split(_CHUNK // counted.order)]
-    rows = np.concatenate(parts)  # [N-grams, K]
+    counts = counted.counts
+    rows = np.empty((len(at), len(counts)), layer.narrow)  # [K, N-grams]
+    start = 0
+    for part in counted.raw_ids():
+        rows[:, start : start + len(part)] = layer.rows(part)[:, -1, [h for h, _ in at]].T
+        start += len(part)
     heads: list[dict[str, Any]] = []
     everywhere = np.ones(len(counts), bool)
     alike, group = (
         np.arange(len(counts)),
         np.zeros(len(counts), np.int64),
     )  # told apart by no head so far, and from whom
-    for column, (_, own) in zip(rows.T, at, strict=True):
+    for column, (_, own) in zip(rows, at, strict=True):
         place, n = column - own.start, own.stop - own.start
         once = np.ones_like(counts)
         most = np.zeros(n, np.int64)
@@ -438,7 +455,7 @@ def _cache(layer: dict[str, Any]) -> str:
     return table(head, [[told, *(_percent(cache[key][i]) for i in at)] for key, told in _KEPT.items()])
 
 
-QUESTION = Question("rows", "Rows: what is read, shared and kept", _ABOUT, measure, draw, tables)
+QUESTION = Question("rows", "Rows: what is read, shared and kept", _ABOUT, measure, draw, tables, add_train_tokens)
 
 if __name__ == "__main__":
     sys.exit(main(QUESTION))

@@ -56,7 +56,9 @@ def _section(record: dict[str, Any], folder: Path) -> Iterable[str]:
     names = ", ".join(html.escape(checkpoint["name"]) for checkpoint in record["checkpoints"])
     yield f"<h2 id={name}>{html.escape(question.title)}</h2><p>Asked of: {names}.</p>{question.about}"
     if "hot_from" in record["options"]:
-        yield explained(record["result"]["order"], record["options"]["hot_from"], record["checkpoints"][0])
+        options = record["options"]
+        first, train_tokens = record["checkpoints"][0], options.get("train_tokens", 0)  # of earlier versions: all
+        yield explained(record["result"]["order"], options["hot_from"], first, train_tokens)
     yield embedded((folder / f"{name}.png").read_bytes(), question.title)
     yield question.tables(record["result"])
     yield "<details><summary>Checkpoints and settings</summary>"

@@ -33,7 +33,9 @@ KINDS: dict[str, dict[str, Any]] = {
 def _asked(subject: Subject, batch_size: int = 0, steps: int = STEPS) -> Asked:
     """As on the command line, of a model that was trained for a few steps of the run alone."""
     run = dataclasses.replace(subject.run, samples=steps * 16)
-    options = argparse.Namespace(data=None, tokens=WINDOWS * 64, batch_size=batch_size, device="cpu", bf16=False)
+    options = argparse.Namespace(
+        data=None, tokens=WINDOWS * 64, batch_size=batch_size, train_tokens=0, device="cpu", bf16=False
+    )
     return Asked([dataclasses.replace(subject, run=run)], options)
 
 
@@ -195,7 +197,7 @@ def test_rows_that_the_replay_reads_are_the_ones_that_training_changed(memory_ru
         first = EngramLM(subject.model.config, None)
     materialize(first, torch.device("cpu"), subject.run.result["seed"])
     changed = (first.memory["1"].table.weight != subject.model.memory["1"].table.weight).any(1).numpy()
-    options = argparse.Namespace(data=None, tokens=64, batch_size=0, device="cpu", bf16=False)
+    options = argparse.Namespace(data=None, tokens=64, batch_size=0, train_tokens=0, device="cpu", bf16=False)
     (answer,) = plain(measure(Asked([subject], options)))["checkpoints"][subject.name]["layers"]
     start = 0
     for head in answer["heads"]:
@@ -282,7 +284,7 @@ def test_n_grams_are_counted_as_the_hash_sees_them(memory_run: Path, hash_family
         np.add.at(reads, layer.rows(batch["tokens"], batch["document_ids"]), times[:, None, None])
     by_grams = np.zeros_like(reads)
     for h, (order, _, _) in enumerate(layer.heads):
-        np.add.at(by_grams, layer.rows(grams[order].raw_ids())[:, -1, h], grams[order].counts)
+        np.add.at(by_grams, layer.rows(torch.cat([*grams[order].raw_ids()]))[:, -1, h], grams[order].counts)
     assert by_grams.tolist() == reads.tolist()
 
 

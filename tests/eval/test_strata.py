@@ -8,9 +8,11 @@ from asking import held_out_suffixes, seen_in_training, suffixes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engram.config import ConfigError
 from engram.training.data import TokenData
 from eval.shared.held_out import HeldOut
-from eval.shared.strata import Suffixes, count_suffixes
+from eval.shared.ngrams import Suffixes
+from eval.shared.strata import count_suffixes
 from eval.shared.subjects import TrainingRun, open_subjects
 
 Windows = st.integers(1, 5).flatmap(
@@ -79,6 +81,20 @@ def test_times_seen_are_those_of_the_batches_that_the_run_trained_on(memory_run:
     assert found.counts.tolist() == wanted
     assert found.counts.min() == 0 or order == 1
     assert found.counts.max() > 100
+
+
+def test_times_seen_in_the_first_tokens_of_training_are_those_of_a_run_that_ended_there(memory_run: Path) -> None:
+    (subject,) = open_subjects([memory_run])
+    assert subject.run is not None
+    held_out, batch = HeldOut(subject.run.data, tokens=1024), 16 * 64
+    short = dataclasses.replace(subject, run=dataclasses.replace(subject.run, samples=10 * 16))
+    found = count_suffixes(held_out, subject, 2, train_tokens=10 * batch)
+    seen = seen_in_training(short, 2)
+    wanted = [[seen[gram] for gram in window] for window in held_out_suffixes(subject, held_out.n_windows, 2)]
+    assert found.counts.tolist() == wanted
+    assert found.counts.max() < count_suffixes(held_out, subject, 2).counts.max()
+    with pytest.raises(ConfigError, match="train-tokens is -1"):
+        count_suffixes(held_out, subject, 2, train_tokens=-1)
 
 
 def test_windows_of_a_run_are_those_of_its_batches_over_epochs(memory_run: Path) -> None:
