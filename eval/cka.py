@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import html
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -31,6 +32,7 @@ from eval.shared.page import interval
 from eval.shared.pictures import bounds
 from eval.shared.progress import shown
 from eval.shared.question import Asked, Question, Result
+from eval.shared.spill import spilled
 from eval.shared.subjects import Subject
 
 _ABOUT = """<p>Which blocks of two models do the same work. For the same held-out tokens, the hidden states after each
@@ -54,24 +56,19 @@ _DRAWS = 1000
 Floats = NDArray[np.float64]
 
 
-def states_of_blocks(asked: Asked, subject: Subject, tokens: NDArray[np.int64]) -> Tensor:
-    """Hidden states after each block, branches side by side, `[n, blocks, M d]` on the host, for n numbers of tokens
-    of the held-out text."""
+def states_of_blocks(asked: Asked, subject: Subject, tokens: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    """Hidden states after each block, branches side by side, `[n, blocks, M d]`, for n ascending numbers of tokens of
+    the held-out text, those of a batch at a time."""
     places = [place for place in places_of(subject.model) if place.name.startswith("block")]
-    states: Tensor | None = None
     start = 0
-    with torch.no_grad(), asked.precision(), observed(subject.model, places) as found:
-        for batch in asked.held_out.batches(subject.device, f"blocks of {subject.name}"):
+    for batch in asked.held_out.batches(subject.device, f"blocks of {subject.name}"):
+        first, stop = np.searchsorted(tokens, [start, start + batch["tokens"].numel()])
+        at = torch.from_numpy(tokens[first:stop] - start).to(subject.device)
+        with torch.no_grad(), asked.precision(), observed(subject.model, places) as found:
             subject.model.run(batch["tokens"], batch["document_ids"])
-            here = np.flatnonzero((tokens >= start) & (tokens < start + batch["tokens"].numel()))
-            at = torch.from_numpy(tokens[here] - start).to(subject.device)
             part = torch.stack([widen(found[place.name].flatten(0, 1)[at].flatten(1)) for place in places], 1)
-            if states is None:
-                states = part.new_empty(len(tokens), *part.shape[1:], device="cpu")
-            states[torch.from_numpy(here)] = part.cpu()
-            start += batch["tokens"].numel()
-    assert states is not None
-    return states
+        yield part.cpu().numpy()
+        start += batch["tokens"].numel()
 
 
 def centred_grams(states: Tensor) -> Tensor:
@@ -123,11 +120,12 @@ def measure(asked: Asked) -> Result:
     require(top_k >= 1, "top-k", top_k, "1 or more")
     m = min(most or available, available // n)
     tokens = np.random.default_rng(_SEED).permutation(available)[: m * n]
-    states = [states_of_blocks(asked, subject, tokens) for subject in asked.subjects]
+    ascending, place = np.unique(tokens, return_inverse=True)
+    states = [spilled(states_of_blocks(asked, subject, ascending)) for subject in asked.subjects]
     device = asked.subjects[0].device
     parts = []
     for start in shown(range(0, m * n, n), "minibatches"):
-        grams = [centred_grams(each[start : start + n].to(device)) for each in states]
+        grams = [centred_grams(torch.from_numpy(each[place[start : start + n]]).to(device)) for each in states]
         one, other = grams[0], grams[-1]
         parts.append((hsic(one, other), hsic(one, one), hsic(other, other)))
     between, of_one, of_other = (np.stack(each) for each in zip(*parts, strict=True))
@@ -202,7 +200,7 @@ def tables(result: Result) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of minibatches and alignment."""
-    most = "how many, at most (0: all the held-out text); their states are held in the host's memory"
+    most = "how many, at most (0: all the held-out text); their states lie in a temporary file"
     parser.add_argument("--minibatch", type=int, default=256, metavar="N", help="tokens that are compared at once")
     parser.add_argument("--minibatches", type=int, default=64, metavar="M", help=most)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="most similar blocks in the soft alignment")

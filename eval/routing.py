@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,13 +25,14 @@ from engram.backbone import EngramLM
 from engram.config import ConfigError
 from engram.experts import MoE
 from engram.pages import BLUE, GREY, ORANGE, table
-from eval.shared.bootstrap import ratios, sums_by_document
 from eval.shared.command import main
 from eval.shared.contrasts import Contrast, compared, entropy, loads
+from eval.shared.groups import Groups, Kind
 from eval.shared.interventions import CHANGES, Change, memories_of, suppressed
 from eval.shared.page import percent
 from eval.shared.pairs import pairs_by_load, pairs_chosen
 from eval.shared.question import Asked, Question, Result
+from eval.shared.spill import spilled
 from eval.shared.strata import add_options as add_strata_options
 from eval.shared.strata import count_suffixes, hot_from_of, stratum_names
 from eval.shared.subjects import Subject
@@ -59,13 +60,15 @@ with each other by the tokens alone. The same for tokens whose N-gram is hot and
 class Routing:
     """What the routers of a model did with held-out text.
 
-    blocks: L numbers of the blocks with experts. experts: chosen for each of N tokens `[L, N, K]`. doubt: entropy of
-    the scores of a token, mean over tokens `[L]`, nats. gates: of memories that have any, by block, mean over branches
-    `[N]`.
+    blocks: L numbers of the blocks with experts. experts: chosen for each of N tokens `[N, L, K]`, in a file. load: how
+    often each expert was chosen `[L, E]`. pairs: for how many tokens two were `[L, E, E]`. doubt: entropy of the scores
+    of a token, mean over tokens `[L]`, nats. gates: of memories that have any, by block, mean over branches `[N]`.
     """
 
     blocks: list[int]
-    experts: NDArray[np.int32]
+    experts: NDArray[Any]
+    load: Ints
+    pairs: Ints
     doubt: Floats
     gates: dict[int, Floats]
 
@@ -85,25 +88,54 @@ def _routers_watched(model: EngramLM) -> Iterator[list[tuple[Any, Any]]]:
             hook.remove()
 
 
-@torch.no_grad()
-def routing_of(asked: Asked, subject: Subject, change: Change | None = None) -> Routing:
-    """The routing of a checkpoint as it is, or with its memory suppressed."""
+class Routed(NamedTuple):
+    """What routers and gates did with the n tokens of a batch: experts `[n, L, K]`, gates by block, mean over branches
+    `[n]`, and the mean entropy of scores `[L]`."""
+
+    experts: NDArray[Any]
+    gates: dict[int, Floats]
+    doubt: Floats
+
+
+def batches_of(asked: Asked, subject: Subject, change: Change | None = None) -> Iterator[Routed]:
+    """The held-out text, batch after batch, as a checkpoint with experts routes it as it is, or with its memory
+    suppressed."""
     model = subject.model
-    experts, gates, doubt, n = [], [], np.zeros(len(model.moe_layers())), 0
     state = suppressed(model, change, asked.options.layers) if change is not None else nullcontext()
     with state, _routers_watched(model) as seen:
         for batch in asked.held_out.batches(subject.device, f"{subject.name}, {change or 'as it is'}"):
-            with asked.precision():
+            with torch.no_grad(), asked.precision():
                 opened = model.run(batch["tokens"], batch["document_ids"]).gates
-            size = batch["tokens"].numel()
-            experts.append(torch.stack([chosen.flatten(0, 1) for chosen, _ in seen]).int().cpu().numpy())
-            gates.append({layer: alpha.double().mean(-1).flatten().cpu().numpy() for layer, alpha in opened.items()})
-            doubt += [size * float(stats.entropy) for _, stats in seen]
-            n += size
+            assert model.config.experts is not None
+            experts = torch.stack([chosen.flatten(0, 1) for chosen, _ in seen], 1).cpu().numpy()
+            gates = {layer: alpha.double().mean(-1).flatten().cpu().numpy() for layer, alpha in opened.items()}
+            doubt = np.array([float(stats.entropy) for _, stats in seen])
             seen.clear()
+            yield Routed(experts.astype(np.min_scalar_type(model.config.experts.n_experts - 1)), gates, doubt)
+
+
+def routing_of(asked: Asked, subject: Subject) -> Routing:
+    """The routing of a checkpoint with experts as it is."""
+    model, config = subject.model, subject.model.config.experts
+    assert config is not None
     blocks = [i for i, block in enumerate(model.each_block()) if isinstance(block.ffn, MoE)]
-    opened_at = {layer: np.concatenate([part[layer] for part in gates]) for layer in gates[0]}
-    return Routing(blocks, np.concatenate(experts, 1), doubt / n, opened_at)
+    load, doubt = np.zeros((len(blocks), config.n_experts), np.int64), np.zeros(len(blocks))
+    pairs = np.zeros((*load.shape, config.n_experts), np.int64)
+    gates: list[dict[int, Floats]] = []
+
+    def counted() -> Iterator[NDArray[Any]]:
+        nonlocal doubt
+        for batch in batches_of(asked, subject):
+            for i, experts in enumerate(batch.experts.swapaxes(0, 1)):
+                load[i] += loads(experts, config.n_experts)
+                pairs[i] += pairs_chosen(experts, config.n_experts)
+            doubt += len(batch.experts) * batch.doubt
+            gates.append(batch.gates)
+            yield batch.experts
+
+    experts = spilled(counted())
+    opened = {layer: np.concatenate([part[layer] for part in gates]) for layer in gates[0]}
+    return Routing(blocks, experts, load, pairs, doubt / len(experts), opened)
 
 
 def quarters(values: Floats) -> Ints:
@@ -126,7 +158,7 @@ def measure(asked: Asked) -> Result:
             raise ConfigError(f"{subject.name!r} has no experts: nothing is routed")
         if subject.model.memories():
             memories_of(subject.model, asked.options.layers, repr(subject.name))
-    suffixes = count_suffixes(asked.held_out, asked.subjects[0], asked.options.order)
+    suffixes = count_suffixes(asked.held_out, asked.subjects[0], asked.options.order, asked.options.train_tokens)
     strata = suffixes.strata(hot_from).ravel()
     documents = asked.held_out.whole["document_ids"].ravel()
     return {
@@ -148,7 +180,7 @@ def _answer(asked: Asked, subject: Subject, strata: Ints, documents: Ints) -> di
         {
             "block": block,
             "score_entropy": routing.doubt[i],
-            **_use(routing.experts[i], config.n_experts),
+            **_use(routing.load[i], routing.pairs[i], config.top_k),
             "gates_of": gates_for(routing, block),
             "contrasts": {},
         }
@@ -156,31 +188,36 @@ def _answer(asked: Asked, subject: Subject, strata: Ints, documents: Ints) -> di
     ]
     for name, at, contrast in _contrasts(routing, strata):
         about = f"{subject.name}, chance: {name}"
-        for i, found in zip(
-            at, compared(routing.experts[at], config.n_experts, documents, contrast, about), strict=True
-        ):
-            layers[i]["contrasts"][name] = found
+        found = compared(routing.experts, config.n_experts, documents, contrast, at, about, subject.device)
+        for i, told in zip(at, found, strict=True):
+            layers[i]["contrasts"][name] = told
     if subject.model.memories():
-        others = routing_of(asked, subject, asked.options.suppress).experts
-        for i, layer in enumerate(layers):
-            groups = _groups(routing, layer["gates_of"], strata)
-            layer["changed"] = _changed(routing.experts[i], others[i], documents, groups)
-    return {"n_experts": config.n_experts, "top_k": config.top_k, "layers": layers}
+        for layer, changed in zip(layers, _changed(asked, subject, routing, strata, documents), strict=True):
+            layer["changed"] = changed
+    # Of all the pairs the page draws one block's.
+    furthest = max(range(len(layers)), key=lambda i: layers[i]["pairs_apart"] or 0)
+    return {
+        "n_experts": config.n_experts,
+        "top_k": config.top_k,
+        "layers": layers,
+        "pairs": {"block": routing.blocks[furthest], "chosen": routing.pairs[furthest]} if config.top_k > 1 else None,
+    }
 
 
-def _use(experts: NDArray[np.int32], n_experts: int) -> dict[str, Any]:
-    """Loads and co-activation of choices `[N, K]`; `pairs_apart` is the share of pairs other than loads alone give."""
-    load, pairs = loads(experts, n_experts), pairs_chosen(experts, n_experts)
-    expected = pairs_by_load(load, experts.shape[1])
+def _use(load: Ints, pairs: Ints, top_k: int) -> dict[str, Any]:
+    """Of a block's loads and pairs; `pairs_apart` is the share of pairs other than loads alone give, `team` the two
+    experts that are furthest above that, of those expected ten times or more."""
+    expected = pairs_by_load(load, top_k)
+    ratio = np.divide(pairs, expected, out=np.zeros_like(expected), where=expected >= 10)
+    team = [*map(int, np.unravel_index(ratio.argmax(), ratio.shape))]
     return {
         "load": load,
         "max_over_mean": load.max() / load.mean(),
         "variation": load.std() / load.mean(),
         "never_used": int((load == 0).sum()),
         "load_entropy": entropy(load),
-        "pairs": pairs,
-        "expected_pairs": expected,
         "pairs_apart": np.abs(pairs - expected).sum() / 2 / pairs.sum() if pairs.any() else None,
+        "team": {"experts": team, "times": ratio.max()} if ratio.any() else None,
     }
 
 
@@ -201,28 +238,35 @@ def _sides(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> NDArray[np.in
     return first.astype(np.int8) - second.astype(np.int8)
 
 
-def _groups(routing: Routing, gates_of: int | None, strata: Ints) -> dict[str, NDArray[np.bool_]]:
-    """Groups of tokens whose changes are told: all, strata, and quarters of a memory's gates if it has any."""
-    groups = {"all": np.ones(strata.shape, bool)} | {name: strata == s for s, name in enumerate(_STRATA)}
-    if gates_of is not None:
-        quarter = quarters(routing.gates[gates_of])
-        groups |= {f"gates, quarter {q + 1}": quarter == q for q in range(4)}
-    return groups
+def changed_choices(experts: NDArray[Any], others: NDArray[Any]) -> Ints:
+    """How many of the experts of each token and layer `[n, L, K]` are not among its others `[n, L, K]`."""
+    return (experts[..., :, None] != others[..., None, :]).all(-1).sum(-1)
 
 
-def changed_choices(experts: NDArray[np.int32], others: NDArray[np.int32]) -> Ints:
-    """How many of the experts of each token `[N, K]` are not among its others `[N, K]`."""
-    return (experts[:, :, None] != others[:, None, :]).all(-1).sum(-1)
+def _changed(asked: Asked, subject: Subject, routing: Routing, strata: Ints, documents: Ints) -> list[dict[str, Any]]:
+    """Share of choices that change with the memory suppressed, for each layer by group of tokens: all, strata, and
+    quarters of the gates that tell most of it."""
+    kinds = [Kind("every layer", ["all"], np.zeros_like(strata)), Kind("every layer", list(_STRATA), strata)]
+    names = [f"gates, quarter {q + 1}" for q in range(4)]
+    kinds += [Kind(f"gates of {block}", names, quarters(gates)) for block, gates in routing.gates.items()]
+    groups = Groups(documents, kinds)
 
+    def changes() -> Iterator[NDArray[Any]]:
+        start = 0
+        for batch in batches_of(asked, subject, asked.options.suppress):
+            own = routing.experts[start : start + len(batch.experts)]
+            yield changed_choices(own, batch.experts)
+            start += len(own)
 
-def _changed(
-    experts: NDArray[np.int32], others: NDArray[np.int32], documents: Ints, groups: dict[str, NDArray[np.bool_]]
-) -> dict[str, Any]:
-    """Share of choices that change, by group of tokens."""
-    members = np.stack(list(groups.values()), -1).astype(np.float64)
-    changes = sums_by_document(documents, changed_choices(experts, others)[:, None] * members)
-    choices = sums_by_document(documents, experts.shape[1] * members)
-    return dict(zip(groups, ratios(changes, choices), strict=True))
+    found = groups.means(groups.summed(changes()), over=groups.tokens * routing.experts.shape[2])
+    return [
+        {
+            name: found[g][i]
+            for g, (kind, name) in enumerate(zip(groups.kinds, groups.names, strict=True))
+            if kind in ("every layer", f"gates of {gates_for(routing, block)}")
+        }
+        for i, block in enumerate(routing.blocks)
+    ]
 
 
 def draw(result: Result) -> Any:
@@ -249,21 +293,23 @@ def _draw_loads(ax: Any, answer: dict[str, Any]) -> None:
     for i, layer in enumerate(layers):
         load = np.sort(layer["load"])[::-1]
         colour = plt.get_cmap("viridis")(i / max(1, len(layers) - 1) * 0.9)
-        ax.plot(np.arange(1, len(load) + 1), load / load.mean(), color=colour, label=f"block {layer['block']}")
+        label = f"block {layer['block']}" if i in _named(answer) else None
+        ax.plot(np.arange(1, len(load) + 1), load / load.mean(), color=colour, label=label)
     ax.axhline(1, color=GREY, lw=1)
     ax.set_xlabel("experts, the most used first")
     ax.set_ylabel("load, over an even share")
-    ax.legend(frameon=False, fontsize=7, ncols=1 + len(layers) // 8)
+    ax.legend(frameon=False, fontsize=7, ncols=1 + len(_named(answer)) // 8)
 
 
 def _draw_pairs(ax: Any, answer: dict[str, Any], figure: Any) -> None:
-    known = [layer for layer in answer["layers"] if layer["pairs_apart"] is not None]
-    if not known:
+    pairs = answer["pairs"]
+    if pairs is None:
         _say(ax, "a token has one expert: there are no pairs")
         return
-    layer = max(known, key=lambda each: each["pairs_apart"])
-    order = np.argsort(-np.array(layer["load"]), kind="stable")
-    found, expected = (np.array(layer[name], float)[np.ix_(order, order)] for name in ("pairs", "expected_pairs"))
+    load = np.array(next(layer["load"] for layer in answer["layers"] if layer["block"] == pairs["block"]))
+    order = np.argsort(-load, kind="stable")
+    both = (np.array(pairs["chosen"], float), pairs_by_load(load, answer["top_k"]))
+    found, expected = (values[np.ix_(order, order)] for values in both)
     # Half a token more, so that pairs that never meet have a colour too.
     ratio = np.log2((found + 0.5) / (expected + 0.5))
     np.fill_diagonal(ratio, np.nan)
@@ -271,7 +317,7 @@ def _draw_pairs(ax: Any, answer: dict[str, Any], figure: Any) -> None:
     ends = (0.5, E + 0.5, E + 0.5, 0.5)
     image = ax.imshow(ratio, cmap="RdBu_r", vmin=-2, vmax=2, interpolation="nearest", extent=ends)
     ax.set_facecolor("#bbbbbb")  # on the diagonal
-    ax.set_title(f"block {layer['block']}, where pairs are furthest from chance", fontsize=9)
+    ax.set_title(f"block {pairs['block']}, where pairs are furthest from chance", fontsize=9)
     ax.set_xlabel("experts, the most used first")
     ax.set_ylabel("experts, the most used first")
     bar = figure.colorbar(image, ax=ax, shrink=0.85, extend="both")
@@ -322,10 +368,16 @@ _NONE = {"value": None, "low": None, "high": None}
 
 
 def _name_blocks(ax: Any, answer: dict[str, Any]) -> None:
-    layers = answer["layers"]
-    ax.set_xticks(range(len(layers)), [str(layer["block"]) for layer in layers])
+    layers, named = answer["layers"], _named(answer)
+    ax.set_xticks(named, [str(layers[i]["block"]) for i in named])
     ax.set_xlim(-0.5, len(layers) - 0.5)
     ax.set_xlabel("block")
+
+
+def _named(answer: dict[str, Any]) -> range:
+    """Of the layers those whose names there is room for."""
+    n = len(answer["layers"])
+    return range(0, n, -(-n // 16))
 
 
 def _say(ax: Any, text: str) -> None:
@@ -360,13 +412,8 @@ def tables(result: Result) -> str:
 
 
 def _team(layer: dict[str, Any]) -> str:
-    """The pair of experts that is furthest above what loads give, of those expected ten times or more."""
-    found, expected = np.array(layer["pairs"], float), np.array(layer["expected_pairs"], float)
-    ratio = np.divide(found, expected, out=np.zeros_like(found), where=expected >= 10)
-    if not ratio.any():
-        return "–"  # noqa: RUF001
-    first, second = np.unravel_index(ratio.argmax(), ratio.shape)
-    return f"{first} and {second}: {ratio.max():.1f} times"
+    team = layer.get("team")  # answers of earlier versions have none
+    return "–" if team is None else f"{team['experts'][0]} and {team['experts'][1]}: {team['times']:.1f} times"  # noqa: RUF001
 
 
 def _table_of_contrasts(answer: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,15 +11,12 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def pairs_chosen(experts: NDArray[np.int32], n_experts: int) -> Ints:
+def pairs_chosen(experts: NDArray[Any], n_experts: int) -> Ints:
     """How many tokens, of choices `[N, K]`, went to both of two experts `[E, E]`; zero on the diagonal."""
-    K = experts.shape[1]
-    counts = np.zeros(n_experts * n_experts, np.int64)
-    for i in range(K):
-        for j in range(K):
-            if i != j:
-                counts += np.bincount(experts[:, i] * n_experts + experts[:, j], minlength=len(counts))
-    return counts.reshape(n_experts, n_experts)
+    i, j = np.triu_indices(experts.shape[1], 1)
+    pairs = experts[:, i].astype(np.int64) * n_experts + experts[:, j]
+    counts = np.bincount(pairs.ravel(), minlength=n_experts**2).reshape(n_experts, n_experts)
+    return counts + counts.T
 
 
 def pairs_by_load(load: Ints, top_k: int) -> Floats:

@@ -17,8 +17,8 @@ from engram.cli import main as engram
 from engram.config import ModelConfig
 from engram.training.weights import save_model
 from eval.routing import quarters
-from eval.shared.contrasts import Contrast, compared, divergence, turned
-from eval.shared.pairs import pairs_by_load
+from eval.shared.contrasts import Contrast, Turned, compared, divergence
+from eval.shared.pairs import pairs_by_load, pairs_chosen
 from eval.shared.subjects import Subject, open_subjects
 
 TOKENS = 4096
@@ -98,18 +98,24 @@ def test_loads_and_pairs_are_those_counted_one_by_one(result: dict[str, Any], by
         pairs = Counter(pair for token in tokens for pair in itertools.permutations(token, 2))
         assert layer["load"] == pytest.approx([load[e] for e in range(16)], abs=2)  # ties apart
         assert sum(layer["load"]) == 2 * TOKENS
-        found = np.array(layer["pairs"])
-        np.testing.assert_allclose(found, [[pairs[e, f] for f in range(16)] for e in range(16)], atol=2)
+        found = pairs_chosen(np.array(tokens), 16)
+        assert found.tolist() == [[pairs[e, f] for f in range(16)] for e in range(16)]
+        if layer["block"] == result["checkpoints"]["memory"]["pairs"]["block"]:
+            np.testing.assert_allclose(result["checkpoints"]["memory"]["pairs"]["chosen"], found, atol=2)
         assert layer["score_entropy"] == pytest.approx(doubt, abs=1e-5)
         share = np.array(layer["load"]) / (2 * TOKENS)
         assert layer["load_entropy"] == pytest.approx(-sum(p * np.log(p) for p in share if p))
         assert layer["max_over_mean"] == pytest.approx(16 * share.max())
         assert layer["variation"] == pytest.approx(np.std(share) * 16)
         assert layer["never_used"] == sum(load[e] == 0 for e in range(16))
-        expected = np.array(layer["expected_pairs"])
+        expected = pairs_by_load(np.array(layer["load"]), 2)
         np.testing.assert_allclose(expected.sum(1), layer["load"], rtol=1e-6)  # K - 1 = 1 partner for each choice
         apart = sum(max(a - b, 0) for a, b in zip(found.ravel(), expected.ravel(), strict=True)) / found.sum()
-        assert layer["pairs_apart"] == pytest.approx(apart, rel=1e-6)
+        assert layer["pairs_apart"] == pytest.approx(apart, rel=1e-2)
+        e, f = layer["team"]["experts"]
+        often = {pair: count / expected[pair] for pair, count in pairs.items() if expected[pair] >= 10}
+        assert layer["team"]["times"] == pytest.approx(max(often.values()), rel=1e-2)
+        assert often[e, f] == pytest.approx(max(often.values()), rel=1e-2)
         assert 0.05 < apart < 1
 
 
@@ -171,15 +177,14 @@ def test_divergences_are_those_of_scipy_over_tokens_told_apart_by_hand(
 def test_labels_are_turned_within_their_documents() -> None:
     documents = np.repeat([3, 7, 8], [5, 1, 9])
     seen = set()
-    for draw in range(30):
-        source = turned(documents, draw)
+    for source in Turned(documents).sources(np.arange(15)):
         assert sorted(source) == list(range(15))
         assert (documents[source] == documents).all()
         for document in (3, 7, 8):
             own = source[documents == document]
             assert (np.diff(own) % len(own) == 1 % len(own)).all()  # neighbours stay neighbours
         seen.add(tuple(source))
-    assert len(seen) > 20
+    assert len(seen) > 30  # of 45
 
 
 def test_only_what_labels_and_routing_share_within_documents_is_beyond_chance() -> None:
@@ -191,13 +196,13 @@ def test_only_what_labels_and_routing_share_within_documents_is_beyond_chance() 
     free = random.integers(0, 8, (2000, 2))
     follows_label = free % 4 + 4 * (side[:, None] == 1)
     follows_document = free % 4 + 4 * (documents[:, None] % 2)
-    experts = np.stack([free, follows_label, follows_document]).astype(np.int32)
-    of_label = compared(experts, 8, documents, Contrast(everything, side))
+    experts = np.stack([free, follows_label, follows_document], 1).astype(np.uint8)
+    of_label = compared(experts, 8, documents, Contrast(everything, side), [0, 1, 2])
     assert of_label[0]["p"] > 0.05
     assert of_label[1]["p"] < 0.01
     assert of_label[1]["bits"] == pytest.approx(1)
     assert of_label[2]["p"] > 0.05
-    of_document = compared(experts, 8, documents, Contrast(everything, by_document))
+    of_document = compared(experts, 8, documents, Contrast(everything, by_document), [0, 1, 2])
     assert of_document[2]["bits"] == pytest.approx(1)
     assert [found["p"] for found in of_document] == [
         1,
@@ -207,12 +212,32 @@ def test_only_what_labels_and_routing_share_within_documents_is_beyond_chance() 
     assert divergence(np.array([0, 3, 1]), np.array([2, 0, 0])) == pytest.approx(1)
 
 
+def test_the_product_of_labels_and_choices_gives_what_counting_each_draw_gives() -> None:
+    random = np.random.default_rng(3)
+    documents = np.repeat([2, 5, 6], [9000, 1, 4000])  # more than one product
+    experts = random.integers(0, 6, (13_001, 3, 2)).astype(np.uint8)
+    tokens = np.flatnonzero(random.random(13_001) < 0.9)
+    side = random.choice([1, -1, 0], len(tokens)).astype(np.int8)
+    at = [2, 0]
+    sources = Turned(documents[tokens]).sources(np.arange(len(tokens)))
+    for layer, found in zip(at, compared(experts, 6, documents, Contrast(tokens, side), at), strict=True):
+        bits = []
+        for labels in (side, *(side[source] for source in sources)):
+            sides = (experts[tokens[labels == which], layer].ravel() for which in (1, -1))
+            loads = [np.bincount(choices, minlength=6) for choices in sides]
+            bits.append(jensenshannon(*loads, base=2) ** 2)
+        assert found["bits"] == pytest.approx(bits[0])
+        assert found["null"]["mean"] == pytest.approx(np.mean(bits[1:]))
+        assert found["null"]["high"] == pytest.approx(np.quantile(bits[1:], 0.95))
+        assert found["p"] == (1 + sum(each >= bits[0] - 1e-12 for each in bits[1:])) / 201
+
+
 def test_equal_gates_fire_nowhere() -> None:
     """As those of a memory that reads one row."""
     assert not quarters(np.full(10, 0.5)).any()
     assert quarters(np.arange(8.0)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    experts = np.zeros((1, 10, 2), np.int32)
-    (found,) = compared(experts, 4, np.zeros(10, np.int64), Contrast(np.arange(10), np.full(10, -1, np.int8)))
+    experts = np.zeros((10, 1, 2), np.int32)
+    (found,) = compared(experts, 4, np.zeros(10, np.int64), Contrast(np.arange(10), np.full(10, -1, np.int8)), [0])
     assert (found["bits"], found["p"], found["second"]) == (None, None, 10)
 
 
