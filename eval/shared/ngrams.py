@@ -123,11 +123,13 @@ class Counts:
     def __init__(self) -> None:
         self._keys, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._new: list[tuple[Ints, Ints]] = []
+        self._pending = 0
 
     def add(self, keys: Ints, times: Ints) -> None:
         """Count keys `[windows, T]`, those of each window so many times, `[windows]`."""
         self._new.append(counted(keys, times))
-        if sum(len(keys) for keys, _ in self._new) > max(_PENDING, len(self._keys) // 4):
+        self._pending += len(self._new[-1][0])
+        if self._pending > max(_PENDING, len(self._keys) // 4):
             self._merge()
 
     def all(self) -> tuple[Ints, Ints]:
@@ -139,7 +141,7 @@ class Counts:
         if not self._new:
             return
         keys, counts = (np.concatenate(each) for each in zip(*self._new, strict=True))
-        self._new = []
+        self._new, self._pending = [], 0
         order = np.argsort(keys, kind="stable")
         keys, counts = keys[order], counts[order]
         first = np.flatnonzero(np.diff(keys, prepend=-2))
