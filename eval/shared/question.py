@@ -53,9 +53,10 @@ class Question:
     """One file of `eval`.
 
     name: as in `eval.QUESTIONS`. title: of its section. about: HTML for a reader who did not run it: what was asked and
-    how to read the answer. measure: the answer as plain data for JSON. draw: a matplotlib figure of an answer. tables:
-    the rest of its section as HTML, made of the answer alone. add_options: options of its own. least, most: how many
-    checkpoints it is asked of. on_text: it is asked on held-out or training text, which has to be there.
+    how to read the answer. measure: the answer as plain data for JSON. draw: a matplotlib figure of an answer, in which
+    names are already as figures need them (`as_typed`). tables: the rest of its section as HTML, made of the answer
+    alone. add_options: options of its own. least, most: how many checkpoints it is asked of. on_text: it is asked on
+    held-out or training text, which has to be there.
     """
 
     name: str
