@@ -150,6 +150,7 @@ def test_a_run_is_found_from_any_of_its_folders(memory_run: Path, tmp_path: Path
     assert record["checkpoints"][0]["name"] == ("step-00000300" if "step" in where else memory_run.name)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_answers_lie_in_the_run_and_in_no_folder_of_weights(
     memory_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
