@@ -11,7 +11,8 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
@@ -40,6 +41,16 @@ def require_one_of(name: str, value: object, kinds: Any) -> None:
     require(value in get_args(kinds), name, value, "one of " + ", ".join(get_args(kinds)))
 
 
+@contextmanager
+def settings_under(where: str) -> Iterator[None]:
+    """Inside, the setting that a `ConfigError` names, which is what it begins with, is told with `where` before it: who
+    checks a setting need not know which part of a file it was written in."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
     """Rotary positions that reach `factor` times as far as `original_max_seq_len`, the length trained on without them
@@ -56,7 +67,7 @@ class YarnConfig:
 
     def __post_init__(self) -> None:
         name, length = "attention.yarn", self.original_max_seq_len
-        require(1 <= self.factor < math.inf, f"{name}.factor", self.factor, "1 or more")
+        require(1 <= self.factor < math.inf, f"{name}.factor", self.factor, "a finite number, 1 or more")
         require(length >= 1, f"{name}.original_max_seq_len", length, "1 or more")
         require(0 < self.beta_slow < math.inf, f"{name}.beta_slow", self.beta_slow, "above 0")
         above_slow = f"above beta_slow ({self.beta_slow})"
@@ -121,7 +132,8 @@ class MLAConfig:
 
 def _check_rope(config: GQAConfig | MLAConfig) -> None:
     least = 0 if config.yarn is None else 1  # YaRN asks how often channels turn, and by theta 1 all turn alike
-    require(config.rope_theta > least, "attention.rope_theta", config.rope_theta, f"above {least}")
+    allowed = f"above {least}" + (" with attention.yarn" if least else "")
+    require(config.rope_theta > least, "attention.rope_theta", config.rope_theta, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,12 +372,17 @@ C = TypeVar("C")
 
 
 def build_config(cls: type[C], data: Any, where: str = "") -> C:
-    """Build a config dataclass from plain data; `where` is the prefix that error messages put before a key.
+    """Build a config dataclass from plain data. Raises `ConfigError` as `read_settings`, and as the dataclass does."""
+    return cls(**read_settings(cls, data, where))
+
+
+def read_settings(cls: type, data: Any, where: str = "") -> dict[str, Any]:
+    """The fields of a config dataclass from plain data; `where` is the prefix that error messages put before a key.
 
     Raises `ConfigError` on a key that the dataclass lacks, a missing key, or a value of the wrong type.
     """
     require(isinstance(data, Mapping), where.rstrip(".") or cls.__name__, data, "a mapping of settings")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in data:
         require(key in fields, f"unknown setting {where}{key}", data[key], "one of " + ", ".join(fields))
@@ -373,7 +390,7 @@ def build_config(cls: type[C], data: Any, where: str = "") -> C:
         optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if name not in data and not optional:
             raise ConfigError(f"setting {where}{name} is missing")
-    return cls(**{key: _coerce(hints[key], value, where + key) for key, value in data.items()})
+    return {key: _coerce(hints[key], value, where + key) for key, value in data.items()}
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

@@ -1,6 +1,7 @@
 """What every report here is made of: an HTML page that needs no other file, its tables, and pictures as PNG.
 
-Table cells and parts of a page are HTML: whoever makes them escapes what is text (`html.escape`). Titles are text.
+Table cells and parts of a page are HTML: whoever makes them escapes what is text (`html.escape`). Titles are text. In
+figures, names that users chose go through `as_typed`.
 """
 
 from __future__ import annotations
@@ -41,18 +42,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, "</table>"])
 
 
+def as_typed(name: str) -> str:
+    """A name for a figure: in matplotlib two `$` make a formula, and a legend leaves out what begins with `_`."""
+    name = name.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
+
+
 def picture(figure: Any, alt: str) -> str:
     """A figure as an HTML image that holds its own bytes, and let go of it; `alt` is text."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    return embedded(buffer.getvalue(), alt)
+    return embedded(png_of(figure, 120), alt)
 
 
 def saved_picture(figure: Any, path: Path, alt: str) -> str:
     """As `picture`, of a figure that is also written to a file."""
-    save_png(figure, path)
-    return embedded(path.read_bytes(), alt)
+    png = png_of(figure)
+    save(png, path)
+    return embedded(png, alt)
 
 
 def embedded(png: bytes, alt: str) -> str:
@@ -60,8 +65,15 @@ def embedded(png: bytes, alt: str) -> str:
     return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
 
-def save_png(figure: Any, path: Path) -> None:
-    """Write a figure, atomically, and let go of it."""
-    with atomic_file(path) as draft:
-        figure.savefig(draft, format="png", dpi=140)
+def png_of(figure: Any, dpi: int = 140) -> bytes:
+    """A figure as the bytes of a PNG, and let go of it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
+    return buffer.getvalue()
+
+
+def save(png: bytes, path: Path) -> None:
+    """Write a PNG, atomically."""
+    with atomic_file(path) as draft:
+        draft.write_bytes(png)

@@ -171,8 +171,8 @@ def median_of(values: NDArray[np.float64]) -> Interval:
 def draw(result: Result) -> Any:
     """Speeds by case, bytes a token in decoding, and, where losses are known, loss against FLOPs and against time."""
     held = result["checkpoints"]
-    known = [name for name, about in held.items() if about["loss"] is not None]
-    against = len({held[name]["corpus"] for name in known}) == 1
+    known, _ = _losses(held)
+    against = len(known) > 0
     figure = plt.figure(figsize=(15, 8.4 if against else 4.2), layout="constrained")
     axes = figure.subplots(1 + against, 3, squeeze=False)
     cases = {phase: [case for case in result["cases"] if case["phase"] == phase] for phase in _PHASES}
@@ -186,6 +186,19 @@ def draw(result: Result) -> Any:
         for ax, phase in zip(axes[1][1:], _PHASES, strict=True):
             _draw_losses(ax, losses, last[phase], "seconds", f"microseconds a token, {phase}")
     return figure
+
+
+def _losses(held: dict[str, Any]) -> tuple[list[str], str]:
+    """The checkpoints whose losses are drawn against costs, and why those of others are not, in words; all were
+    validated on text of one corpus, or none is drawn."""
+    known = [name for name, about in held.items() if about["loss"] is not None]
+    corpora = {held[name]["corpus"]: name for name in reversed(known)}  # and the first checkpoint of each
+    if len(corpora) > 1:
+        several = " and ".join(list(corpora.values())[::-1])
+        return [], f"No loss is drawn against costs: {several} were trained and validated on different corpora."
+    unknown = ", ".join(name for name in held if name not in known)
+    reason = f"Losses drawn against costs leave out {unknown}" if known else "No loss is drawn against costs"
+    return known, f"{reason}: the loss of the run's last validation is not known." if unknown else ""
 
 
 def _draw_speeds(ax: Any, phase: str, cases: list[dict[str, Any]]) -> None:
@@ -247,7 +260,9 @@ def tables(result: Result) -> str:
     """All numbers, prefill and decoding apart."""
     held = result["checkpoints"]
     first = next(iter(held))
+    _, reason = _losses(held)
     parts = [
+        *([f"<p>{html.escape(reason)}</p>"] if reason else []),
         table(
             ["", "loss, nats", "parameters", "their bytes", "of them in tables"],
             [
@@ -260,7 +275,7 @@ def tables(result: Result) -> str:
                 ]
                 for name, about in held.items()
             ],
-        )
+        ),
     ]
     for phase in _PHASES:
         head = [

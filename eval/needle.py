@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import html
+import math
 import sys
 from collections.abc import Sequence
 from random import Random
@@ -81,6 +82,8 @@ def measure(asked: Asked) -> Result:
     for name, least in (("examples", 1), ("depths", 2), ("batch_size", 0)):
         value = getattr(options, name)
         require(value >= least, name.replace("_", "-"), value, f"{least} or more")
+    known = options.yarn is None or options.yarn == 0 or 1 <= options.yarn < math.inf
+    require(known, "yarn", options.yarn, "a factor of 1 or more (0: a text's length over the trained one)")
     task = _task(first, options)
     depths = np.linspace(0, 1, max(options.depths, task.needles)).round(4).tolist()
     lengths = options.lengths or [times * trained_length(first) for times in (1, 2, 4)]

@@ -153,9 +153,11 @@ def gates_for(routing: Routing, block: int) -> int | None:
 def measure(asked: Asked) -> Result:
     """Loads, co-activation, contrasts and changes of each checkpoint, by block."""
     hot_from = hot_from_of(asked.options)
-    for subject in asked.subjects:
-        if not subject.model.moe_layers():
-            raise ConfigError(f"{subject.name!r} has no experts: nothing is routed")
+    able = [subject for subject in asked.subjects if subject.model.moe_layers()]
+    if not able:
+        names = ", ".join(repr(subject.name) for subject in asked.subjects)
+        raise ConfigError(f"none of the checkpoints has experts: {names}")
+    for subject in able:
         if subject.model.memories():
             memories_of(subject.model, asked.options.layers, repr(subject.name))
     suffixes = count_suffixes(asked.held_out, asked.subjects[0], asked.options.order, asked.options.train_tokens)
@@ -165,7 +167,8 @@ def measure(asked: Asked) -> Result:
         "order": suffixes.order,
         "strata": stratum_names(hot_from),
         "suppressed": asked.options.suppress,
-        "checkpoints": {subject.name: _answer(asked, subject, strata, documents) for subject in asked.subjects},
+        "without_experts": [subject.name for subject in asked.subjects if subject not in able],
+        "checkpoints": {subject.name: _answer(asked, subject, strata, documents) for subject in able},
     }
 
 
@@ -387,7 +390,8 @@ def _say(ax: Any, text: str) -> None:
 
 def tables(result: Result) -> str:
     """Loads, contrasts and changes, block by block."""
-    parts = []
+    without = ", ".join(map(html.escape, result["without_experts"]))
+    parts = [f"<p>Without experts, so that nothing is routed: {without}.</p>"] if without else []
     for name, answer in result["checkpoints"].items():
         E = answer["n_experts"]
         parts.append(f"<h3>{html.escape(name)}: {E} experts, {answer['top_k']} for a token</h3>")

@@ -6,6 +6,7 @@ nothing of what came before, and its first token is predicted from that token.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engram.backbone import EngramLM
 from engram.config import ConfigError, require
 from engram.inference import Sampling, stream
 from engram.inference.opening import Tables, open_model
@@ -48,7 +51,7 @@ class EngramHarness(TemplateLM):
 
     Args:
         path: a model's folder, a run's folder or a checkpoint's, as `open_model` takes them.
-        tokenizer: a `tokenizer.json`, or a folder with one, for a model that has none with it.
+        tokenizer: a `tokenizer.json`, or a folder with one, for a model that has none with it; or a tokenizer itself.
         eos_token: the token that ends documents; one of the usual names if empty.
         max_length: tokens that the model sees at once; `max_seq_len` of its config if None.
         dtype: `bfloat16` or `float16` to compute in that type (autocast); float32 if None.
@@ -56,15 +59,17 @@ class EngramHarness(TemplateLM):
             rounding; sampled texts do.
         device: `cuda` if None, and the CPU where there is none.
         tables, cache_rows, rows: where memory tables are kept and how, as for `open_model`.
+        model: one that is open already, in the place of `path`. It is asked as it is, in evaluation mode and where it
+            is, so `device`, `tables`, `cache_rows` and `rows` can't be said; what is done to it meanwhile counts.
 
     Raises:
-        ConfigError: a path that leads to no model, no tokenizer, a setting out of range.
+        ConfigError: a path that leads to no model, no tokenizer, a setting out of range or beside an open model.
     """
 
     def __init__(
         self,
-        path: str,
-        tokenizer: str | None = None,
+        path: str = "",
+        tokenizer: str | Tokenizer | None = None,
         eos_token: str = "",
         max_length: int | None = None,
         dtype: str | None = None,
@@ -74,17 +79,27 @@ class EngramHarness(TemplateLM):
         tables: Tables = "device",
         cache_rows: int = 0,
         rows: RowKind = "float",
+        model: EngramLM | None = None,
     ) -> None:
         super().__init__()
         require(dtype is None or dtype in _DTYPES, "dtype", dtype, "one of " + ", ".join(_DTYPES))
-        # The harness asks for CUDA when its user asks for nothing.
-        asked = torch.device(device or "cuda")
-        self._device = asked if asked.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-        model, own = open_model(path, tables, cache_rows=int(cache_rows), rows=rows)
-        self.model = model.to(self._device)
-        chosen = own if tokenizer is None else load_tokenizer(tokenizer)
+        require((model is None) == bool(path), "path", path, "the model's, or none beside a model that is open already")
+        own = None
+        if model is None:
+            # The harness asks for CUDA when its user asks for nothing.
+            asked = torch.device(device or "cuda")
+            self._device = asked if asked.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+            model, own = open_model(path, tables, cache_rows=int(cache_rows), rows=rows)
+            model.to(self._device)
+        else:
+            placed = {"device": (device, None), "tables": (tables, "device"), "cache_rows": (int(cache_rows), 0)}
+            for name, (value, usual) in (placed | {"rows": (rows, "float")}).items():
+                require(value == usual, name, value, f"{usual!r}: an open model stays where and as it is")
+            self._device = model.embed.weight.device
+        self.model = model.eval()
+        chosen = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer or own
         if chosen is None:
-            raise ConfigError(f"{path!r} holds no tokenizer: name one by tokenizer=")
+            raise ConfigError(f"{path or 'an open model'!r} holds no tokenizer: name one by tokenizer=")
         self._tokenizer = chosen
         self._eos = eos_id(chosen, eos_token)
         self.max_length = model.config.max_seq_len if max_length is None else max_length
@@ -92,7 +107,6 @@ class EngramHarness(TemplateLM):
         self._dtype = torch.float32 if dtype is None else _DTYPES[dtype]
         self.batch_size = 0 if str(batch_size).startswith("auto") else int(batch_size or 1)
         require(self.batch_size >= 0, "batch_size", batch_size, "1 or more, or auto")
-        self._path = path
 
     @property
     def eot_token_id(self) -> int:
@@ -101,8 +115,8 @@ class EngramHarness(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
-        return str(self._path).replace("/", "__")
+        """For the harness's cache of requests: another one for any other tokenizer."""
+        return "engram-" + hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text, without special tokens: as in training."""

@@ -119,6 +119,17 @@ class Interval:
         return "unknown: one seed" if np.isnan(self.low) else f"{self.low:.{digits}f} to {self.high:.{digits}f}"
 
 
+def below(gain: Interval, digits: int = 4) -> tuple[str, str]:
+    """How far a loss lies below another, of their difference, and the interval of that: "0.1200 below", "0.10 to 0.14".
+
+    Of a difference under 0 it is how far the loss lies above, and so is the interval, whose ends turn their signs.
+    """
+    if gain.value >= 0:
+        return f"{gain.value:.{digits}f} below", gain.span(digits)
+    turned = Interval(-gain.value, -gain.high, -gain.low)
+    return f"{turned.value:.{digits}f} above", turned.span(digits)
+
+
 @dataclass(frozen=True)
 class Fit:
     """What a curve of losses says.
@@ -232,12 +243,10 @@ def verdict(curve: Curve) -> tuple[Verdict, str]:
     inner = range(1, last)
     strict, plain = curve.margin(1 - (1 - CONFIDENCE) / len(inner)), curve.margin(CONFIDENCE)
     at = min(inner, key=lambda i: means[i])
-    lower, upper = (
-        f"{abs(g):.4f} {'below' if g >= 0 else 'above'}" for g in (means[0] - means[at], means[-1] - means[at])
-    )
-    below = f"the loss at rho {rho[at]:.2f} is {lower} that at rho {rho[0]:.2f} and {upper} that at rho {rho[-1]:.2f}"
+    (lower, _), (upper, _) = (below(difference(curve, end)) for end in (0, -1))
+    told = f"the loss at rho {rho[at]:.2f} is {lower} that at rho {rho[0]:.2f} and {upper} that at rho {rho[-1]:.2f}"
     if min(means[0], means[-1]) - means[at] > strict:
-        return "U-shaped", f"{below}, each more than the {strict:.4f} that noise could give"
+        return "U-shaped", f"{told}, each more than the {strict:.4f} that noise could give"
     best = int(means.argmin())
     if best in (0, last):
         away = means if best == 0 else means[::-1]  # from the least loss to the other end
@@ -247,4 +256,4 @@ def verdict(curve: Curve) -> tuple[Verdict, str]:
                 f"the loss is least at rho {rho[best]:.2f}, {away[-1] - away[0]:.4f} below the other end and "
                 f"{steps[0]:.4f} below its neighbour, each more than the {plain:.4f} that noise could give"
             )
-    return "not resolved", f"{below}; a U needs more than {strict:.4f} on both sides"
+    return "not resolved", f"{told}; a U needs more than {strict:.4f} on both sides"

@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
-from engram.pages import BLUE, GREEN, GREY, ORANGE
+from engram.pages import BLUE, GREEN, GREY, ORANGE, as_typed
 from engram.sweep.abilities import Score, least_losses
-from engram.sweep.fit import Curve, Interval, between
+from engram.sweep.fit import Curve, Interval, below, between
 from engram.sweep.plan import MAIN_VARIANT
 from engram.sweep.results import Measured, Row, curve_of
 from engram.sweep.wall_clock import Speeds, Trajectories
@@ -28,7 +28,7 @@ def draw(rows: Sequence[Row], measured: Sequence[Measured], title: str) -> Any:
     figure = plt.figure(figsize=(17 if variants else 12, 5 * len(metrics) + 0.5), layout="constrained")
     widths = (1.5, 1, 1) if variants else (1.5, 1)
     axes = figure.subplots(len(metrics), len(widths), width_ratios=widths, squeeze=False)
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    figure.suptitle(as_typed(title), fontsize=12, x=0.01, ha="left")
     for (left, middle, *right), metric in zip(axes, metrics, strict=True):
         own = [m for m in measured if m.metric == metric]
         _draw_curve(left, own[-1])
@@ -70,10 +70,10 @@ def _draw_curve(axes: Any, measured: Measured) -> None:
         )
     # Above the axes, as a U leaves no corner free.
     axes.legend(frameon=False, fontsize=9, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))
-    gains = (
-        f"least mean {gain.value:.4f} below {end_name(curve.rho[end])} ({gain.span(4)})"
-        for end, gain in ((-1, fitted.gain_over_highest), (0, fitted.gain_over_lowest))
-    )
+    gains = []
+    for end, gain in ((-1, fitted.gain_over_highest), (0, fitted.gain_over_lowest)):
+        place, span = below(gain)
+        gains.append(f"least mean between the ends {place} {end_name(curve.rho[end])} ({span})")
     axes.set_title(f"{measured.name}: {fitted.verdict}\n" + "\n".join(gains), fontsize=10, loc="left", pad=44)
     axes.grid(alpha=0.25)
 
@@ -130,7 +130,7 @@ def _draw_rivals(axes: Any, rows: Sequence[Row], metric: str, variants: Sequence
                 color=plt.get_cmap("tab10")(i + 1),
                 ms=6,
                 capsize=2,
-                label=variant if rho == min(r.rho_actual for r in own) else None,
+                label=as_typed(variant) if rho == min(r.rho_actual for r in own) else None,
             )
 
 
@@ -155,10 +155,15 @@ def draw_domains(rows: Sequence[Row]) -> Any:
 
 
 def draw_abilities(rows: Sequence[Row], scores: Sequence[Score], measured: Sequence[Measured]) -> Any:
-    """A panel for each loss and each probe's share of right answers, over rho; the rhos of least loss are marked."""
+    """A panel for each loss and each probe's share of right answers, over rho; the rhos of least loss are marked.
+
+    Other variants stand to the right of their rho, so that what is equal there does not cover each other.
+    """
     shown = [s for s in scores if s.higher_is_better or not s.task]
     variants = sorted({r.variant for r in rows} - {MAIN_VARIANT})
     last = [r for r in rows if r.final]
+    gaps = np.diff(measured[0].curve.rho)
+    apart = min(0.018, 0.4 * gaps.min() / max(1, len(variants)))  # nearer to their own rho than to the next
     columns = min(4, len(shown))
     figure = plt.figure(figsize=(3.9 * columns, 3.4 * math.ceil(len(shown) / columns) + 0.4), layout="constrained")
     axes = figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False).flatten()
@@ -166,14 +171,15 @@ def draw_abilities(rows: Sequence[Row], scores: Sequence[Score], measured: Seque
         for at, found in least_losses(measured).items():
             panel.axvline(found[0].curve.rho[at], color=ORANGE, lw=1, ls=":")
         _draw_runs(panel, score.curve, line="-")
-        _draw_rivals(panel, last, score.metric, variants, apart=0.018)
+        _draw_rivals(panel, last, score.metric, variants, apart)
         better = "higher" if score.higher_is_better else "lower"
-        panel.set_title(f"{score.name}\n{score.arrow} {better} is better", fontsize=9, loc="left")
+        panel.set_title(f"{as_typed(score.name)}\n{score.arrow} {better} is better", fontsize=9, loc="left")
         panel.grid(alpha=0.25)
     for panel in axes[len(shown) :]:
         panel.axis("off")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False, fontsize=8, ncol=6)
-    figure.supxlabel(_AXIS + "; dotted: least loss", fontsize=9)
+    beside = "; rivals and controls have the ρ of the mean to their left" if variants else ""  # noqa: RUF001
+    figure.supxlabel(_AXIS + "; dotted: least loss" + beside, fontsize=9)
     return figure
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from engram.config import ConfigError
 from engram.pages import page, picture, saved_picture, table
 from engram.sweep.abilities import scores
-from engram.sweep.fit import CONFIDENCE, Interval
+from engram.sweep.fit import CONFIDENCE, Interval, below
 from engram.sweep.plan import MAIN_VARIANT, SweepPlan, plan_table
 from engram.sweep.plot import draw, draw_abilities, draw_domains, draw_wall_clock, end_name
 from engram.sweep.results import Measured, Row, at_the_end, collect, measure, write_csv
@@ -77,7 +77,7 @@ def _page(
     missing = [p.name for p in plan.points() if p.name not in finished]
     end = at_the_end(measured)
     differences = [line for m in end for line in _versus(rows, m)]
-    head = ["variant", "rho", "on", "seeds", "nats above engram", "95 % interval"]
+    head = ["variant", "rho", "on", "seeds", "nats less those of engram", "95 % interval"]
     versus = ["<h2>Rivals and controls against engram at the same rho</h2>", table(head, differences)]
     parts = [
         *(f"<p class=verdict>On {m.name}: <b>{m.fitted.verdict}</b>: {html.escape(m.fitted.reason)}.</p>" for m in end),
@@ -90,15 +90,15 @@ def _page(
         "<p>Noise is the standard deviation of what rho and seed do not explain, taken to be the same at every rho. "
         "Runs of one seed share data order and initial seed, so a seed's effect on all of them is taken out. Intervals "
         "of rho* come from 2000 draws of the means from that noise, its own uncertainty included (a handful of seeds "
-        "is too few to resample); the smooth curve is a Gaussian process. Intervals below the ends are those of t, for "
-        "all rhos between the ends at once.</p>",
+        "is too few to resample); the smooth curve is a Gaussian process. Intervals of the least mean against the ends "
+        "are those of t, for all rhos between the ends at once.</p>",
         f"<p>Rule of the verdict, each difference tested one-sided at {CONFIDENCE:.0%} by t with the pooled noise: "
         "<i>U-shaped</i> if a rho between the ends lies below both ends (level divided by the number of such rhos); "
         "<i>monotone</i> if one end has the least loss, below the other end and below its own neighbour, and no step "
         "from there goes down; otherwise <i>not resolved</i>.</p>",
         "<h2>How the optimum moves with training</h2>",
         table(
-            ["on", "tokens", "rho*, smooth curve", "below the highest rho", "below the lowest rho", "verdict"],
+            ["on", "tokens", "rho*, smooth curve", "against the highest rho", "against the lowest rho", "verdict"],
             [_move(m) for m in measured],
         ),
         "<p>Validations before the last are of the same runs on their way, at learning rates not yet decayed to the "
@@ -148,12 +148,8 @@ def _optimum(measured: Measured) -> list[str]:
                     f"{f.best_quadratic.value:.2f}",
                     "" if misfit else f.best_quadratic.span(2),
                 ],
-                [
-                    f"least mean below {highest}, nats",
-                    f"{f.gain_over_highest.value:.4f}",
-                    f.gain_over_highest.span(4),
-                ],
-                [f"least mean below {lowest}, nats", f"{f.gain_over_lowest.value:.4f}", f.gain_over_lowest.span(4)],
+                [f"least mean between the ends, against {highest}, nats", *below(f.gain_over_highest)],
+                [f"least mean between the ends, against {lowest}, nats", *below(f.gain_over_lowest)],
                 [f"noise of a run, nats ({curve.losses.shape[1]} seeds)", _number(curve.noise), ""],
             ],
         ),
@@ -162,7 +158,7 @@ def _optimum(measured: Measured) -> list[str]:
 
 def _move(measured: Measured) -> list[str]:
     f = measured.fitted
-    gains = [f"{gain.value:.4f} ({gain.span(4)})" for gain in (f.gain_over_highest, f.gain_over_lowest)]
+    gains = ["{} ({})".format(*below(gain)) for gain in (f.gain_over_highest, f.gain_over_lowest)]
     rho = f"{f.best_smooth.value:.2f} ({f.best_smooth.span(2)})"
     return [measured.name, f"{measured.tokens:,}", rho, *gains, f.verdict]
 

@@ -187,7 +187,7 @@ def _compared(name: str, runs: Trajectories) -> list[str]:
                 ]
             )
         columns = ["equal tokens (95 % interval)", "equal seconds (95 % interval)", "so it is", "levelled by"]
-        parts.append(table([f"rho, nats above {end_name(rho[j])}", *columns], lines))
+        parts.append(table([f"rho, nats less those of {end_name(rho[j])}", *columns], lines))
     return parts
 
 

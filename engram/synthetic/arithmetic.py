@@ -14,11 +14,11 @@ from string import ascii_lowercase
 from typing import ClassVar
 
 from engram.config import require
-from engram.synthetic.examples import Example
+from engram.synthetic.examples import Example, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arithmetic:
+class Arithmetic(Task):
     """Sums modulo `modulus`, `lines` of them a document. A guess is one of the `modulus` results.
 
     A `held_out` share of the pairs is in no training document, in neither order, as a + b says what b + a is.
@@ -32,15 +32,29 @@ class Arithmetic:
     def __post_init__(self) -> None:
         require(3 <= self.modulus <= 26, "arithmetic.modulus", self.modulus, "3 to 26")
         require(0 < self.held_out < 1, "arithmetic.held_out", self.held_out, "between 0 and 1")
+        # Before a sum stand two of training with other results: more pairs than one result has, whichever are held out.
+        most = self._n_pairs - (self.modulus // 2 + 2)
+        allowed = f"between 0 and {most / self._n_pairs:.3f}, so that pairs of several results are left to train on"
+        require(self._n_held_out <= most, "arithmetic.held_out", self.held_out, allowed)
         require(self.lines >= 1, "arithmetic.lines", self.lines, "1 or more")
 
     def pairs(self, seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Pairs of training documents, and those held out, each in both orders."""
         unordered = [(a, b) for a in range(self.modulus) for b in range(a, self.modulus)]
         Random(f"arithmetic pairs {seed}").shuffle(unordered)
-        n = max(1, min(len(unordered) - 1, round(self.held_out * len(unordered))))
+        n = self._n_held_out
         seen, held_out = (sorted({*part, *((b, a) for a, b in part)}) for part in (unordered[n:], unordered[:n]))
         return seen, held_out
+
+    @property
+    def _n_pairs(self) -> int:
+        """Pairs of numbers, order apart."""
+        return self.modulus * (self.modulus + 1) // 2
+
+    @property
+    def _n_held_out(self) -> int:
+        """How many of them are held out."""
+        return max(1, round(self.held_out * self._n_pairs))
 
     def training(self, n_bytes: int, seed: int) -> Iterator[str]:
         """Documents of pairs drawn evenly."""

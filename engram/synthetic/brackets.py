@@ -12,7 +12,7 @@ from random import Random
 from typing import ClassVar
 
 from engram.config import require
-from engram.synthetic.examples import Example
+from engram.synthetic.examples import Example, Task
 from engram.synthetic.words import part_of
 
 KINDS = (("(", ")"), ("[", "]"), ("{", "}"), ("<", ">"))
@@ -20,7 +20,7 @@ _TEST_SHARE = 8  # one string in so many is for tests
 
 
 @dataclass(frozen=True, kw_only=True)
-class Brackets:
+class Brackets(Task):
     """Lines of brackets of `KINDS` that open and close at random, a colon, and the closers of those still open.
 
     Each closer after the colon is an answer; a guess is one of the four. Depth is the number of them. The hash of a

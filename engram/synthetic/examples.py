@@ -6,7 +6,7 @@ Tasks write plain text and know no tokenizer; whoever scores a model finds the t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 
 class Example(NamedTuple):
@@ -28,7 +28,11 @@ class Example(NamedTuple):
 class Task(Protocol):
     """A task with documents to train on, and questions that those do not answer word for word."""
 
-    name: str
+    name: ClassVar[str]
+
+    def check(self, n_bytes: int) -> None:
+        """Raise `ConfigError` if the task can't make so many bytes of documents, 1 or more; most can make any number,
+        the last document as long as it gets."""
 
     def training(self, n_bytes: int, seed: int) -> Iterator[str]:
         """Documents of about `n_bytes` in sum; the same ones for the same arguments."""

@@ -6,6 +6,7 @@ made-up person is drawn evenly from a closed set, so that what is recalled beyon
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -13,8 +14,8 @@ from random import Random
 from typing import ClassVar, NamedTuple
 
 from engram.config import require
-from engram.synthetic.examples import Example
-from engram.synthetic.words import nonce_words
+from engram.synthetic.examples import Example, Task
+from engram.synthetic.words import most_words, nonce_words
 
 VALUES = {
     "colour": "red blue green black white brown pink grey gold silver purple orange yellow violet scarlet ivory",
@@ -54,7 +55,7 @@ class Fact(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class Facts(Task):
     """Facts, of each number of `exposures` equally many; a control is about entities that are never told of.
 
     What an N-gram table can do here: the row of the last two or three tokens tells a `near` fact with `own` names, as
@@ -67,7 +68,8 @@ class Facts:
     well, which stands further away. (The last clan of a kind may be smaller, and leave less open.) A guess knows the
     relation and its 16 values.
 
-    A document tells of about `document_bytes` / 60 facts, and of none twice.
+    A document tells of about `document_bytes` / 60 facts, and of none twice. There are as many facts of each kind as
+    fit into the bytes of all documents: one or more, and no more than there are names for.
     """
 
     name: ClassVar[str] = "facts"
@@ -78,16 +80,47 @@ class Facts:
         allowed = "different numbers, 1 or more"
         good = len(self.exposures) > 0 and min(self.exposures) >= 1 and len(set(self.exposures)) == len(self.exposures)
         require(good, "facts.exposures", self.exposures, allowed)
+        require(self._most >= 1, "facts.exposures", self.exposures, "no more numbers than there are names for")
         require(self.document_bytes >= 1, "facts.document_bytes", self.document_bytes, "1 or more")
 
+    def check(self, n_bytes: int) -> None:
+        """Raises `ConfigError` for fewer bytes than tell a fact of each kind, or more than there are names for."""
+        half = self._bytes_of_each // 2
+        allowed = (
+            f"{half + 1:,} to {(2 * self._most + 1) * half - 1:,}: with exposures {self.exposures} those of one fact "
+            "of each kind, and of as many as there are names for"
+        )
+        require(1 <= round(n_bytes / self._bytes_of_each) <= self._most, "facts.bytes", n_bytes, allowed)
+
+    @property
+    def _bytes_of_each(self) -> int:
+        """Bytes of all sentences about one fact of each kind."""
+        return sum(self.exposures) * 2 * len(TEMPLATES) * _MEAN_BYTES
+
+    @property
+    def _most(self) -> int:
+        """How many facts of each kind there are names for."""
+        most = most_words()
+        return bisect_right(range(most), most, key=lambda n: sum(self._names(n))) - 1
+
+    def _names(self, n: int) -> tuple[int, int, int]:
+        """Given names of clans, their family names, and family names of one entity each, for n facts of each kind."""
+        n_cells = len(TEMPLATES) * (1 + len(self.exposures))
+        of_clans = SIBLINGS * -(-n // SIBLINGS**2) * n_cells
+        return of_clans, of_clans, n * n_cells
+
     def facts(self, n_bytes: int, seed: int) -> list[Fact]:
-        """All that are told in `n_bytes` of documents, and a control for each of one number of exposures."""
+        """All that are told in `n_bytes` of documents, and a control for each of one number of exposures.
+
+        Raises `ConfigError` as `check`.
+        """
+        self.check(n_bytes)
         cells = [(place, level) for place in TEMPLATES for level in (0, *self.exposures)]
-        n = max(1, round(n_bytes / (sum(self.exposures) * 2 * len(TEMPLATES) * _MEAN_BYTES)))
+        n = round(n_bytes / self._bytes_of_each)
         clans = -(-n // SIBLINGS**2)
-        n_clan = SIBLINGS * clans * len(cells)
+        n_clan, _, _ = names = self._names(n)
         random = Random(f"facts {seed}")
-        words = [word.title() for word in nonce_words(2 * n_clan + n * len(cells), random)]
+        words = [word.title() for word in nonce_words(sum(names), random)]
         given, family, own = words[:n_clan], iter(words[n_clan : 2 * n_clan]), iter(words[2 * n_clan :])
         clan_given = iter(given)
         facts = []

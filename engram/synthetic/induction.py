@@ -12,12 +12,12 @@ from random import Random
 from typing import ClassVar
 
 from engram.config import require
-from engram.synthetic.examples import Example
+from engram.synthetic.examples import Example, Task
 from engram.synthetic.words import COMMON, nonce_words
 
 
 @dataclass(frozen=True, kw_only=True)
-class Induction:
+class Induction(Task):
     """Texts of random words, nonce or common ones, in which a stretch of words comes again.
 
     Training documents have `n_words` words: a stretch of 3 to `longest`, then some other words, none among them, and

@@ -12,7 +12,7 @@ from random import Random
 from typing import ClassVar, NamedTuple
 
 from engram.config import require
-from engram.synthetic.examples import Example
+from engram.synthetic.examples import Example, Task
 from engram.synthetic.words import nonce_words
 
 # Frequent in most texts, and no nonce words.
@@ -38,7 +38,7 @@ class Puzzle(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needle:
+class Needle(Task):
     """Haystacks in which `needles` numbers or names are hidden. What is hidden, and what is asked for, by kind:
 
     - `single`: one key's number.
@@ -65,9 +65,16 @@ class Needle:
         require(4 <= self.digits <= 18, "needle.digits", self.digits, "4 to 18")
         require(self.document_bytes >= 1, "needle.document_bytes", self.document_bytes, "1 or more")
 
+    def check(self, n_bytes: int) -> None:
+        """Raises `ConfigError` where a test has no room in a document: else a run would end at its first validation."""
+        puzzles = [self._puzzle(kind, [0.0] * self.n_answers(kind), Random(0), part=1) for kind in self.kinds]
+        least = max(_bytes(_written(puzzle, []).text) for puzzle in puzzles)
+        allowed = f"{least}, those of the longest question with its needles, or more"
+        require(self.document_bytes >= least, "needle.document_bytes", self.document_bytes, allowed)
+
     def training(self, n_bytes: int, seed: int) -> Iterator[str]:
-        """Documents of all kinds, with needles at any depths. Raises `ConfigError` where a test has no room in one."""
-        self._require_room()  # here, as a run would else end at its first validation
+        """Documents of all kinds, with needles at any depths. Raises `ConfigError` as `check`."""
+        self.check(n_bytes)
         random = Random(f"needle {seed}")
         while n_bytes > 0:
             kind, length = random.choice(self.kinds), random.randint(0, self.document_bytes)
@@ -104,12 +111,6 @@ class Needle:
     def n_answers(self, kind: str) -> int:
         """How many answers a question of a kind has."""
         return 1 if kind in ("single", "multi_key") else self.needles
-
-    def _require_room(self) -> None:
-        puzzles = [self._puzzle(kind, [0.0] * self.n_answers(kind), Random(0), part=1) for kind in self.kinds]
-        least = max(_bytes(_written(puzzle, []).text) for puzzle in puzzles)
-        allowed = f"{least}, those of the longest question with its needles, or more"
-        require(self.document_bytes >= least, "needle.document_bytes", self.document_bytes, allowed)
 
     def _any_depths(self, kind: str, random: Random) -> list[float]:
         return [random.random() for _ in range(self.n_answers(kind))]

@@ -12,14 +12,14 @@ from random import Random
 from typing import ClassVar
 
 from engram.config import require
-from engram.synthetic.examples import Example
+from engram.synthetic.examples import Example, Task
 from engram.synthetic.words import COMMON
 
 KEYS, VALUES = COMMON[0::2], COMMON[1::2]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recall:
+class Recall(Task):
     """Documents of as many pairs as one of `pairs` says, and `rounds` queries for each. A guess is one of their values.
 
     A test asks for each key once at most; an answer's distance is the number of pairs between a key's value and its

@@ -39,9 +39,14 @@ def n_words(syllables: int = 2) -> int:
     return (len(_CONSONANTS) * len(_VOWELS)) ** syllables * len(_ENDS)
 
 
+def most_words(syllables: int = 2, parts: int = 1) -> int:
+    """How many different ones `nonce_words` gives: half of those that a part has, as it draws until it has enough."""
+    return n_words(syllables) // parts // 2
+
+
 def nonce_words(n: int, random: Random, syllables: int = 2, part: int = 0, parts: int = 1) -> list[str]:
-    """`n` different nonce words of the part `part` (`part_of`). Raises `ConfigError` for more than half of them all."""
-    most = n_words(syllables) // parts // 2
+    """`n` different nonce words of the part `part` (`part_of`). Raises `ConfigError` for more than `most_words`."""
+    most = most_words(syllables, parts)
     require(n <= most, "number of different nonce words", n, f"at most {most:,}")
     words: dict[str, None] = {}
     while len(words) < n:

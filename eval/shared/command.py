@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import math
 import platform
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 
 from engram.config import ConfigError, require
-from engram.pages import save_png
+from engram.pages import as_typed, png_of, save
 from engram.training.atomic import write_json
 from engram.training.environment import prepare_process
 from engram.training.recorder import device_name
 from eval.shared.page import write_page
 from eval.shared.question import Asked, Question, parser_of
-from eval.shared.subjects import Subject, open_subjects
+from eval.shared.subjects import Subject, open_subjects, run_folder, without_model
 
 
 def main(question: Question, args: Sequence[str] | None = None) -> int:
@@ -66,10 +67,13 @@ def _ask(question: Question, options: Any) -> int:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "result": result,
     }
-    picture = folder / f"{question.name}.png"
-    save_png(question.draw(result), picture)
-    write_json(folder / f"{question.name}.json", record)
-    print("\n".join(str(path) for path in (folder / f"{question.name}.json", picture, write_page(folder))))
+    picture = png_of(question.draw(_for_figures(result)))
+    # Whatever happens between the two, a page has these numbers, and no picture of others beside them.
+    record["picture_sha256"] = hashlib.sha256(picture).hexdigest()
+    paths = [folder / f"{question.name}.{kind}" for kind in ("json", "png")]
+    write_json(paths[0], record)
+    save(picture, paths[1])
+    print("\n".join(str(path) for path in (*paths, write_page(folder))))
     return 0
 
 
@@ -86,8 +90,19 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _for_figures(value: Any) -> Any:
+    """An answer in which all names, of checkpoints, domains and tasks, are those for a figure."""
+    if isinstance(value, dict):
+        return {as_typed(name): _for_figures(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_for_figures(each) for each in value]
+    return as_typed(value) if isinstance(value, str) else value
+
+
 def _folder(checkpoint: Path, subjects: Sequence[Subject]) -> Path:
-    """Where answers go if nobody says: into the first checkpoint's folder, comparisons apart from each other."""
-    folder = checkpoint / "eval"
+    """Where answers go if nobody says: to `eval` in the run's folder, those of one of its checkpoints by themselves, so
+    that they outlive it; of a model without a run, to `eval` in its own folder. Comparisons apart from each other."""
+    itself, run = without_model(checkpoint), run_folder(checkpoint)
+    folder = itself / "eval" if run in (None, itself) else run / "eval" / itself.resolve().name
     others = "-".join(subject.name.replace("/", "-") for subject in subjects[1:])
     return folder / f"against-{others}" if others else folder

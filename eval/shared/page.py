@@ -5,6 +5,7 @@ It is made anew of all the JSON files and pictures that are there each time anot
 
 from __future__ import annotations
 
+import hashlib
 import html
 import importlib
 import json
@@ -59,7 +60,7 @@ def _section(record: dict[str, Any], folder: Path) -> Iterable[str]:
         options = record["options"]
         first, train_tokens = record["checkpoints"][0], options.get("train_tokens", 0)  # of earlier versions: all
         yield explained(record["result"]["order"], options["hot_from"], first, train_tokens)
-    yield embedded((folder / f"{name}.png").read_bytes(), question.title)
+    yield _picture(record, folder / f"{name}.png", question.title)
     yield question.tables(record["result"])
     yield "<details><summary>Checkpoints and settings</summary>"
     yield table(
@@ -70,6 +71,18 @@ def _section(record: dict[str, Any], folder: Path) -> Iterable[str]:
     text = {} if n_tokens is None else {"held-out text at hand, tokens": f"{n_tokens:,}"}
     settings = {**record["options"], **text, "hardware": record["device"], **record["versions"]}
     yield table(["", ""], [[html.escape(str(k)), html.escape(str(v))] for k, v in settings.items()]) + "</details>"
+
+
+def _picture(record: dict[str, Any], path: Path, title: str) -> str:
+    """The picture of an answer, or what keeps it from being shown."""
+    try:
+        png = path.read_bytes()
+    except FileNotFoundError:
+        return f"<p><b>The picture is missing: there is no {path.name}. Ask again to have it drawn.</b></p>"
+    drawn = record.get("picture_sha256")  # answers of earlier versions have none
+    if drawn not in (None, hashlib.sha256(png).hexdigest()):
+        return f"<p><b>No picture: {path.name} is not that of these numbers. Ask again to have it drawn.</b></p>"
+    return embedded(png, title)
 
 
 def _checkpoint(known: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,12 +30,18 @@ class Asked:
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """The text to ask it on. Raises `ConfigError` as `held_out_of`."""
+        """The text to ask it on; says once if it is shorter than was asked. Raises `ConfigError` as `held_out_of`."""
         options, data = self.options, None
         if options.data is not None:
             settings = load_yaml(options.data)
             data = TokenData(build_config(DataConfig, settings.get("config", settings)))
-        return held_out_of(self.subjects, data, options.tokens, options.batch_size)
+        found = held_out_of(self.subjects, data, options.tokens, options.batch_size)
+        there = found.n_windows * found.seq_len
+        if options.tokens >= there + found.seq_len:
+            print(
+                f"note: the held-out text has {there:,} tokens, not the {options.tokens:,} of --tokens", file=sys.stderr
+            )
+        return found
 
     def precision(self) -> torch.autocast:
         """The autocast that was asked for."""
@@ -46,9 +53,10 @@ class Question:
     """One file of `eval`.
 
     name: as in `eval.QUESTIONS`. title: of its section. about: HTML for a reader who did not run it: what was asked and
-    how to read the answer. measure: the answer as plain data for JSON. draw: a matplotlib figure of an answer. tables:
-    the rest of its section as HTML, made of the answer alone. add_options: options of its own. least, most: how many
-    checkpoints it is asked of. on_text: it is asked on held-out or training text, which has to be there.
+    how to read the answer. measure: the answer as plain data for JSON. draw: a matplotlib figure of an answer, in which
+    names are already as figures need them (`as_typed`). tables: the rest of its section as HTML, made of the answer
+    alone. add_options: options of its own. least, most: how many checkpoints it is asked of. on_text: it is asked on
+    held-out or training text, which has to be there.
     """
 
     name: str
@@ -72,7 +80,7 @@ def parser_of(question: Question) -> argparse.ArgumentParser:
         "--against", type=Path, nargs="+", action="extend", default=[], metavar="RUN", help="others to compare it with"
     )
     parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="what to call them, in that order")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (RUN/eval)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (eval in the run's folder)")
     parser.add_argument("--data", type=Path, metavar="YAML", help="settings of another text than the run's, as `data`")
     parser.add_argument("--tokens", type=int, default=0, help="of held-out text (those that training validated on)")
     parser.add_argument("--batch-size", type=int, default=0, help="windows at once; changes no number (8192 tokens)")

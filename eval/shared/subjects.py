@@ -120,8 +120,8 @@ def open_subjects(
 
 
 def _names_of(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many of them as tell them apart."""
-    parts = [path.resolve().parts for path in paths]
+    """The last parts of the paths, as many of them as tell them apart; a run's `model` is called as the run."""
+    parts = [without_model(path).resolve().parts for path in paths]
     longest = max(map(len, parts))
     found = [["/".join(each[-n:]) for each in parts] for n in range(1, longest + 1)]
     return next((names for names in found if len(set(names)) == len(names)), found[-1])
@@ -142,9 +142,20 @@ def _open(name: str, path: Path, device: torch.device | str, own_text: bool, any
     return Subject(name, path, model, tokenizer, run)
 
 
+def run_folder(path: Path) -> Path | None:
+    """The folder of the run that a path's model comes from: its own, that of its `model`, or that of its checkpoint."""
+    return next((each for each in (path, *path.resolve().parents[:2]) if (each / "config.yaml").is_file()), None)
+
+
+def without_model(path: Path) -> Path:
+    """The run's folder for its `model`, which leads to the same; any other path as it is."""
+    run = run_folder(path)
+    return run if run is not None and path.resolve() == run.resolve() / "model" else path
+
+
 def _run_of(path: Path, check: bool) -> TrainingRun | None:
-    """The run that a path's model comes from: its own folder, that of its `model`, or that of its checkpoint."""
-    folder = next((each for each in (path, *path.resolve().parents[:2]) if (each / "config.yaml").is_file()), None)
+    """The run that a path's model comes from, by `run_folder`."""
+    folder = run_folder(path)
     if folder is None:
         return None
     checkpoint = path if is_checkpoint(path) else last_checkpoint(folder / CHECKPOINTS)

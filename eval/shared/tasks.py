@@ -97,12 +97,12 @@ def harness_tasks(
         require(bool(manager.match_tasks([name])), "tasks", name, "names of tasks, as `lm_eval ls tasks` shows them")
     options = asked.options
     harness = EngramHarness(
-        str(subject.path),
+        model=subject.model,
+        tokenizer=subject.tokenizer,
+        eos_token="" if subject.run is None else subject.run.data.config.eos_token,
         dtype="bfloat16" if options.bf16 else None,
         batch_size=options.batch_size or "auto",
-        device=options.device,
     )
-    harness.model = subject.model
 
     def mark() -> list[Marks]:
         results = simple_evaluate(

@@ -1,7 +1,10 @@
 """YaRN turns by transformers' angles, extends a trained model from outside, and by factor 1 is plain RoPE."""
 
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -66,8 +69,22 @@ def test_the_trained_length_may_be_shorter_than_the_configs() -> None:
     extended = extend_context(model_of(max_seq_len=64), 4.0, 32).config
     assert extended.attention.yarn == YarnConfig(factor=4.0, original_max_seq_len=32)
     assert extended.max_seq_len == 128
-    with pytest.raises(ConfigError, match=r"factor is 0.5: allowed is 1 or more"):
-        extend_context(model_of(), 0.5)
+
+
+def test_positions_that_cannot_be_are_refused_by_the_name_of_what_the_caller_said() -> None:
+    def refused(message: str, *args: Any, **model: Any) -> None:
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+            extend_context(model_of(**model), *args)
+
+    for factor in (0.5, 0, -2.0, math.inf, math.nan):
+        refused(f"factor is {factor!r}: allowed is a finite number, 1 or more", factor)
+    refused("trained_seq_len is 0: allowed is 1 or more", 2.0, 0)
+    extended = {**GQA, "yarn": {"factor": 1e200, "original_max_seq_len": 16}}
+    refused("factor is 1e+200: allowed is one whose product with the model's own, 1e+200", 1e200, attention=extended)
+    refused("factor is 0.9: allowed is a finite number", 0.9, attention=extended)
+    for attention in (GQA, MLA):
+        turning = {**attention, "rope_theta": 1.0}
+        refused("attention.rope_theta is 1.0: allowed is above 1 with attention.yarn", 2.0, attention=turning)
 
 
 def test_an_extended_model_is_saved_and_read_as_any_other(tmp_path: Path) -> None:

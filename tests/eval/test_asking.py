@@ -1,4 +1,7 @@
+import base64
+import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,12 @@ import yaml
 from asking import answer_of
 
 from engram.cli import main as engram
+from engram.pages import as_typed, png_of
 from eval import QUESTIONS
+from eval.shared import command
+from eval.shared.page import write_page
+from eval.shared.question import Asked
+from eval.shared.subjects import open_subjects
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
@@ -75,10 +83,99 @@ def test_a_page_warns_of_a_name_that_stands_for_two_checkpoints(
     assert "&lt;it&gt;: not the same checkpoint in all sections" in page.read_text()
 
 
+def test_a_page_has_no_picture_but_that_of_its_numbers_and_tells_of_one_that_is_not_there(
+    memory_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, picture = tmp_path / "report.html", tmp_path / "loss.png"
+
+    def shown() -> tuple[bool, bool]:
+        whole = write_page(tmp_path).read_text()
+        return base64.b64encode(picture.read_bytes()).decode() in whole, "No picture: loss.png is not that" in whole
+
+    answer_of("loss", tmp_path, memory_run, "--tokens", "1024")
+    first = picture.read_bytes()
+    assert shown() == (True, False)
+    with monkeypatch.context() as patch:  # ended between the two files
+        patch.setattr(command, "save", None)
+        with pytest.raises(TypeError):
+            answer_of("loss", tmp_path, memory_run, "--tokens", "2048")
+    assert json.loads((tmp_path / "loss.json").read_text())["held_out_tokens"] == 2048
+    assert picture.read_bytes() == first
+    assert shown() == (False, True)
+    picture.unlink()
+    write_page(tmp_path)
+    assert "The picture is missing: there is no loss.png" in page.read_text()
+    assert "<td>2,048</td>" in page.read_text()
+    record = json.loads((tmp_path / "loss.json").read_text())
+    del record["picture_sha256"]  # as earlier versions wrote it
+    (tmp_path / "loss.json").write_text(json.dumps(record))
+    picture.write_bytes(first)
+    assert shown() == (True, False)
+
+
+def test_checkpoints_are_called_in_pictures_what_their_user_calls_them(
+    memory_run: Path, experts_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = []
+
+    def looked_at(figure: Any) -> bytes:
+        labels.extend(text.get_text() for text in figure.axes[0].get_legend().get_texts())
+        return png_of(figure)
+
+    monkeypatch.setattr(command, "png_of", looked_at)
+    names = ["_mine", "$x$ or _y"]
+    record = answer_of("loss", tmp_path, memory_run, "--against", experts_run, "--names", *names, "--tokens", "1024")
+    assert labels == [as_typed(name) for name in names]
+    assert list(record["result"]["checkpoints"]) == names
+
+
+def test_a_text_that_is_shorter_than_asked_for_is_told_of_once(
+    memory_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subjects = open_subjects([memory_run])
+    assert subjects[0].run is not None
+    there = subjects[0].run.data.n_held_out_windows * 64
+    for tokens, told in ((there + 64, 1), (there + 63, 0), (1024, 0), (0, 0)):
+        asked = Asked(subjects, Namespace(data=None, tokens=tokens, batch_size=0))
+        assert asked.held_out is asked.held_out
+        notes = capsys.readouterr().err
+        assert notes.count(f"note: the held-out text has {there:,} tokens, not the {tokens:,} of --tokens") == told
+        assert notes.count("note") == told
+
+
 @pytest.mark.parametrize("where", ["model", "checkpoints/step-00000300", "."])
 def test_a_run_is_found_from_any_of_its_folders(memory_run: Path, tmp_path: Path, where: str) -> None:
     record = answer_of("loss", tmp_path, memory_run / where, "--tokens", "1024")
     assert record["checkpoints"][0]["tokens"] == 300 * 16 * 64
+    assert record["checkpoints"][0]["name"] == ("step-00000300" if "step" in where else memory_run.name)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_answers_lie_in_the_run_and_in_no_folder_of_weights(
+    memory_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, alone = tmp_path / "run", shutil.copytree(memory_run / "model", tmp_path / "alone")
+    for part in ("model", "checkpoints/step-00000300"):
+        shutil.copytree(memory_run / part, run / part)
+    for name in ("config.yaml", "result.json"):
+        shutil.copy(memory_run / name, run)
+    wanted = {
+        (run, None): run / "eval",
+        (run / "model", None): run / "eval",
+        (run / "checkpoints/step-00000300", None): run / "eval/step-00000300",
+        (alone, None): alone / "eval",
+        (run / "model", alone): run / "eval/against-alone",
+        (alone, run / "model"): alone / "eval/against-run",
+        (run / "checkpoints/step-00000300", run / "model"): run / "eval/step-00000300/against-run",
+    }
+    for (checkpoint, other), folder in wanted.items():
+        subjects = open_subjects([checkpoint, *([other] if other else [])], own_text=False)
+        assert command._folder(checkpoint, subjects).resolve() == folder
+    for inside in (run, run / "model"):
+        monkeypatch.chdir(inside)
+        subjects = open_subjects([Path()])
+        assert command._folder(Path(), subjects).resolve() == run / "eval"
+        assert subjects[0].name == "run"
 
 
 @pytest.mark.gpu

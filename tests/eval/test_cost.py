@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from trained import MODELS
 from engram.backbone import DecodingState, EngramLM
 from engram.cli import main as engram
 from engram.config import ModelConfig
-from eval.cost import median_of
+from eval.cost import QUESTION, median_of
 from eval.shared.serving import alternate, decode, prefill
 from eval.shared.work import bytes_read, decoding_flops, prefill_flops
 
@@ -189,6 +190,26 @@ def test_the_section_tells_costs_beside_losses(output: Path) -> None:
     loss = json.loads((output / "cost.json").read_text())["result"]["checkpoints"]["memory"]["loss"]
     for told in (f"<td>{loss:.4f}</td>", "Prefill", "Decoding, 3 tokens", "2 x 32", "peak memory", "over memory"):
         assert told in page
+
+
+def test_losses_that_are_not_drawn_are_told_of(output: Path) -> None:
+    def panels_and_page(**changes: dict[str, Any]) -> tuple[int, str]:
+        result = json.loads((output / "cost.json").read_text())["result"]
+        for name, changed in changes.items():
+            result["checkpoints"][name] |= changed
+        figure = QUESTION.draw(result)
+        plt.close(figure)
+        return len(figure.axes), QUESTION.tables(result)
+
+    panels, page = panels_and_page()
+    assert (panels, "drawn against costs" in page) == (6, False)
+    panels, page = panels_and_page(experts={"corpus": "another"})
+    assert (panels, "memory and experts were trained and validated on different corpora" in page) == (3, True)
+    nothing = {"loss": None, "corpus": None}
+    panels, page = panels_and_page(experts=nothing)
+    assert (panels, "Losses drawn against costs leave out experts: " in page) == (6, True)
+    panels, page = panels_and_page(memory=nothing, experts=nothing)
+    assert (panels, "No loss is drawn against costs: the loss of the run" in page) == (3, True)
 
 
 def test_impossible_cases_are_refused(memory_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,7 +150,7 @@ def test_no_text_is_needed(memory_run: Path, tmp_path: Path) -> None:
         (("--kinds", "double"), "needle.kinds is ('double',): allowed is some of single"),
         (("--kinds", "multi_query", "--lengths", "32"), "length of multi_query with 4 needles is 32"),
         (("--examples", "0"), "examples is 0: allowed is 1 or more"),
-        (("--yarn", "0.5"), "factor is 0.5: allowed is 1 or more"),
+        (("--yarn", "0.5"), "yarn is 0.5: allowed is a factor of 1 or more"),
         (("--needles", "1"), "needle.needles is 1: allowed is 2 to 1000"),
         (("--batch-size", "-1"), "batch-size is -1: allowed is 0 or more"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from asking import answer_of, held_out_suffixes, seen_in_training
 from scipy.spatial.distance import jensenshannon
 
@@ -286,12 +287,28 @@ def test_the_page_sets_checkpoints_side_by_side(output: Path) -> None:
         assert told in page
 
 
-def test_models_without_experts_and_bad_options_are_named(
-    subject: Subject, memory_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def dense(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {**subject.model.config.to_dict(), "experts": None, "n_dense_layers": 3}
-    dense = save_model(EngramLM(ModelConfig.from_dict(config)), tmp_path / "dense", None, subject.tokenizer)
+    model = EngramLM(ModelConfig.from_dict(config))
+    return save_model(model, tmp_path_factory.mktemp("dense") / "dense", None, subject.tokenizer)
 
+
+def test_a_checkpoint_without_experts_is_told_of_beside_one_that_has_some(
+    dense: Path, memory_run: Path, tmp_path: Path
+) -> None:
+    settings = yaml.safe_load((memory_run / "config.yaml").read_text())["data"]["config"]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(settings))
+    more = ("--names", "dense <&>", "hybrid", "--tokens", "256", "--data", tmp_path / "data.yaml")
+    result = answer_of("routing", tmp_path, dense, "--against", memory_run, *more)["result"]
+    assert result["without_experts"] == ["dense <&>"]
+    assert list(result["checkpoints"]) == ["hybrid"]
+    assert "nothing is routed: dense &lt;&amp;&gt;." in (tmp_path / "report.html").read_text()
+
+
+def test_models_without_experts_and_bad_options_are_named(
+    dense: Path, memory_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refused(*args: str | Path) -> str:
         command = ["eval", "routing", "--output", tmp_path / "out", "--names", "a", "--checkpoint", *args]
         assert engram(list(map(str, command))) == 2
@@ -299,7 +316,7 @@ def test_models_without_experts_and_bad_options_are_named(
         assert told.startswith("error: ")
         return told
 
-    assert "'a' has no experts" in refused(dense)
+    assert "none of the checkpoints has experts: 'a'" in refused(dense)
     assert "layers is '2': allowed is one of the memories of 'a': 1" in refused(memory_run, "--layers", "2")
     assert "hot-from is 1" in refused(memory_run, "--hot-from", "1")
     assert not (tmp_path / "out").exists()

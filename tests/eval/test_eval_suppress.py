@@ -89,6 +89,7 @@ def output(told_run: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("suppress")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(folder / "cache"))
+        patch.setattr("engram.interop.harness.open_model", None)  # the harness asks the model that is open already
         more = ("--tasks", "words", "--include-path", tasks)
         answer_of("suppress", folder, told_run, "--names", "here", "--tokens", str(TOKENS), *more)
     return folder

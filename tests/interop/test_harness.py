@@ -1,5 +1,6 @@
 """Our models in lm-evaluation-harness: its numbers are those of the model's own logits, asked one text at a time."""
 
+import copy
 import json
 import math
 import os
@@ -261,6 +262,56 @@ def test_what_cannot_be_evaluated_is_named(saved: tuple[Path, EngramLM, Tokenize
         EngramHarness(path=str(folder), eos_token="<nothing>")
     with pytest.raises(ConfigError, match="dtype is 'int4': allowed is one of float32"):
         EngramHarness(path=str(folder), dtype="int4")
+
+
+def test_an_open_model_is_asked_as_it_is_at_that_moment_and_no_file_is_read(
+    saved: tuple[Path, EngramLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model, tokenizer = saved
+    pairs = requests("loglikelihood", ("The capital of", " Rome"), ("", "Oslo"))
+
+    def scores(harness: EngramHarness) -> list[float]:
+        return [score for score, _ in harness.loglikelihood(pairs, disable_tqdm=True)]
+
+    expected = scores(EngramHarness(path=str(folder), device="cpu"))
+    monkeypatch.setattr("engram.interop.harness.open_model", None)
+    own = copy.deepcopy(model).train()
+    harness = EngramHarness(model=own, tokenizer=tokenizer, batch_size=2)
+    assert harness.model is own
+    assert not own.training
+    assert scores(harness) == pytest.approx(expected, abs=1e-4)
+    with torch.no_grad():
+        own.head.weight *= 2
+    assert scores(harness) != pytest.approx(expected, abs=1e-1)
+
+
+def test_an_open_model_stays_where_it_is_and_takes_the_place_of_a_path(
+    saved: tuple[Path, EngramLM, Tokenizer],
+) -> None:
+    folder, model, tokenizer = saved
+    refused: dict[str, Any] = {"device": "cpu", "tables": "host", "cache_rows": 5, "rows": "int8"}
+    for name, value in refused.items():
+        with pytest.raises(ConfigError, match=f"{name} is {value!r}: allowed is .* an open model stays where"):
+            EngramHarness(model=model, tokenizer=tokenizer, **{name: value})
+    with pytest.raises(ConfigError, match="'an open model' holds no tokenizer: name one by tokenizer="):
+        EngramHarness(model=model)
+    assert EngramHarness(model=model, tokenizer=str(folder)).eot_token_id == tokenizer.token_to_id(EOS)
+    for given in ({}, {"path": str(folder), "model": model}):
+        with pytest.raises(ConfigError, match=r"path is '.*': allowed is the model's, or none beside a model"):
+            EngramHarness(tokenizer=tokenizer, **given)
+
+
+def test_requests_that_are_kept_are_told_apart_by_their_tokenizer(saved: tuple[Path, EngramLM, Tokenizer]) -> None:
+    folder, model, tokenizer = saved
+    names = [
+        harness.tokenizer_name
+        for harness in (
+            EngramHarness(path=str(folder), device="cpu"),
+            EngramHarness(model=model, tokenizer=tokenizer),
+            EngramHarness(model=model, tokenizer=train_bpe(iter([TEXT]), 280)),
+        )
+    ]
+    assert names[0] == names[1] != names[2]
 
 
 def in_python(code: str, *paths: Path, options: tuple[str, ...] = ()) -> str:

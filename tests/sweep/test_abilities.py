@@ -1,17 +1,21 @@
 """Probes over rho: read from runs, kept in the CSV, and compared with their noise, against truths that are known."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from simulated_runs import LOSSES, run_of, write_results
 from small_sweep import plan_at
 
 from engram.cli import main
+from engram.pages import as_typed
 from engram.sweep.abilities import Score, least_losses, scores
 from engram.sweep.fit import Curve, between
 from engram.sweep.plan import Point
+from engram.sweep.plot import draw, draw_abilities
 from engram.sweep.results import Row, at_the_end, measure, probe_tasks, read_csv, write_csv
 
 RHO = np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -128,3 +132,59 @@ def test_the_report_sets_probes_beside_losses(tmp_path: Path, capsys: pytest.Cap
     mean = sum(rows[0.5, seed].probes["probe_facts"] - rows[1.0, seed].probes["probe_facts"] for seed in (0, 1)) / 2
     assert f"<td>{mean:+.3f} (" in facts
     assert "<td>capacity_one</td>" in section
+
+
+FALLING = {0.0: 3.3, 0.5: 3.17, 1.0: 3.0}  # all experts are best
+
+
+def with_variants(n: int) -> list[Row]:
+    """Rows whose variants, at rho 0.5, have names that matplotlib would not show as they are."""
+    rows = probed({0.0: 0.9, 0.5: 0.5, 1.0: 0.2}, FALLING)
+    for i in range(n):
+        about = {"variant": f"_{i}$x^2$", "probes": {"probe_facts": 0.4, "probe_nats_facts": 0.6}}
+        rows += run_of(0.5, 0, {100: 3.2}, 1.0, **about)
+    return rows
+
+
+def test_no_loss_is_told_to_lie_below_by_less_than_nothing(tmp_path: Path) -> None:
+    rows = probed({0.0: 0.9, 0.5: 0.5, 1.0: 0.2}, FALLING)
+    measured = measure(rows)
+    title = draw(rows, measured, "title").axes[0].get_title(loc="left")
+    assert "0.1700 above all experts" in title
+    assert "0.1300 below all memory" in title
+    plan, path = plan_at(tmp_path)
+    write_results(plan, lambda point, tokens: {**dict.fromkeys(LOSSES, FALLING[point.rho] + 1e-3 * point.seed)})
+    assert main(["sweep", "report", str(path)]) == 0
+    page = (plan.folder / "report.html").read_text()
+    assert "<td>0.1700 above</td>" in page
+    assert "<td>0.1300 below</td>" in page
+    assert not re.search(r"-[0-9.]+ (above|below)|(above|below)[^<>]*</t[hd]><td>-", page)
+
+
+def test_variants_are_called_what_their_plan_calls_them() -> None:
+    rows = with_variants(2)
+    main_figure = draw(rows, measure(rows), "_sweep$1$")
+    labels = [text.get_text() for text in main_figure.axes[2].get_legend().get_texts()]
+    assert labels == ["engram", *map(as_typed, ("_0$x^2$", "_1$x^2$"))]
+    assert as_typed("_sweep$1$") in {text.get_text() for text in main_figure.findobj(Text)}
+    figure = draw_abilities(rows, scores(rows), at_the_end(measure(rows)))
+    assert {as_typed("_0$x^2$"), as_typed("_1$x^2$")} < {text.get_text() for text in figure.legends[0].get_texts()}
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_variants_that_stand_beside_their_rho_say_so_and_are_nearer_to_it_than_to_another(n: int) -> None:
+    rows = with_variants(n)
+    figure = draw_abilities(rows, scores(rows), at_the_end(measure(rows)))
+    places = [
+        float(x)
+        for container in figure.axes[0].containers
+        if str(container.get_label()).endswith("x^2\\$")
+        for x in container.lines[0].get_xdata()
+    ]
+    assert len(places) == len(set(places)) == n
+    assert all(0.5 < x < 0.75 for x in places)
+    said = "have the ρ of the mean to their left"  # noqa: RUF001
+    assert any(said in text.get_text() for text in figure.findobj(Text))
+    alone = probed({0.0: 0.9, 0.5: 0.5, 1.0: 0.2}, FALLING)
+    figure = draw_abilities(alone, scores(alone), at_the_end(measure(alone)))
+    assert not any(said in text.get_text() for text in figure.findobj(Text))

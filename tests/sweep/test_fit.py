@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from scipy.interpolate import CubicSpline
 
-from engram.sweep.fit import Curve, Smoother, difference, fit, lack_of_fit, quadratic, verdict
+from engram.sweep.fit import Curve, Interval, Smoother, below, difference, fit, lack_of_fit, quadratic, verdict
 
 RHO = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
 
@@ -119,6 +119,12 @@ def test_a_slope_that_flattens_is_not_called_u_shaped() -> None:
 def test_a_zigzag_is_not_called_monotone() -> None:
     for truth in (np.array([3.0, 3.1, 3.02, 3.1, 3.2, 3.3]), np.array([3.3, 3.2, 3.1, 3.02, 3.1, 3.0])):
         assert share_of_verdicts(truth, 0.01, 3, "monotone") < 0.05
+
+
+def test_what_lies_above_is_called_above_with_the_interval_of_how_far() -> None:
+    assert below(Interval(0.12, -0.01, 0.25), 2) == ("0.12 below", "-0.01 to 0.25")
+    assert below(Interval(-0.166, -0.499, 0.166), 3) == ("0.166 above", "-0.166 to 0.499")
+    assert below(Interval(-0.5, np.nan, np.nan), 1) == ("0.5 above", "unknown: one seed")
 
 
 def test_one_seed_resolves_nothing() -> None:

@@ -146,7 +146,7 @@ def test_a_measure_that_earlier_validations_lack_is_left_out() -> None:
 
 def settled(section: list[str], heading: str) -> dict[str, list[str]]:
     """Cells of the table that compares with an end, by rho."""
-    table = next(part for part in section if f"<th>rho, nats above {heading}</th>" in part)
+    table = next(part for part in section if f"<th>rho, nats less those of {heading}</th>" in part)
     rows = [
         line.removeprefix("<tr><td>").removesuffix("</td></tr>").split("</td><td>") for line in table.split("\n")[1:-1]
     ]

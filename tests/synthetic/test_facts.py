@@ -78,7 +78,7 @@ def test_one_of_two_shared_names_leaves_open_who_of_those_that_have_it_is_meant(
     assert whole > 100
 
 
-@pytest.mark.parametrize("n_bytes", [1, 30_000, 100_000])
+@pytest.mark.parametrize("n_bytes", [400, 30_000, 100_000])
 def test_few_facts_have_names_too(n_bytes: int) -> None:
     facts = Facts(exposures=(1, 2)).facts(n_bytes, 0)
     assert len({fact.entity for fact in facts}) == len(facts) >= 12

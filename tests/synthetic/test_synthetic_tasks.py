@@ -1,6 +1,7 @@
 """Synthetic tasks: their answers are right and in no training document, and a guesser gets the chance they name."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from random import Random
@@ -12,7 +13,7 @@ from engram.config import ConfigError
 from engram.synthetic.arithmetic import Arithmetic
 from engram.synthetic.brackets import Brackets
 from engram.synthetic.examples import Example
-from engram.synthetic.facts import VALUES
+from engram.synthetic.facts import VALUES, Facts
 from engram.synthetic.induction import Induction
 from engram.synthetic.mixture import TASKS, mixed_documents, read_mixture
 from engram.synthetic.recall import Recall
@@ -202,17 +203,59 @@ def test_a_mixture_has_the_documents_of_its_tasks_in_random_order() -> None:
         ({"facts": True}, "mixture.facts is True"),
         ({"facts": {"exposures": [1]}}, r"mixture.facts is {'exposures': \[1\]}: allowed is a number of bytes, or a"),
         ({"facts": {"bytes": 100, "exposure": [1]}}, "unknown setting mixture.facts.exposure"),
-        ({"facts": {"bytes": 100, "exposures": [2, 2]}}, r"facts.exposures is \(2, 2\)"),
-        ({"facts": {"bytes": 100, "document_bytes": 0}}, "facts.document_bytes is 0"),
-        ({"recall": {"bytes": 100, "pairs": [1]}}, r"recall.pairs is \(1,\)"),
-        ({"induction": {"bytes": 100, "longest": 2}}, "induction.longest is 2: allowed is 3"),
-        ({"recall": {"bytes": 100, "rounds": 0}}, "recall.rounds is 0"),
-        ({"induction": {"bytes": 100, "n_words": 7}}, "induction.n_words is 7: allowed is 24, "),
-        ({"arithmetic": {"bytes": 100, "modulus": 27}}, "arithmetic.modulus is 27: allowed is 3 to 26"),
-        ({"arithmetic": {"bytes": 100, "held_out": 1.0}}, "arithmetic.held_out is 1.0"),
-        ({"brackets": {"bytes": 100, "length": 7}}, "brackets.length is 7: allowed is 14"),
+        ({"facts": {"bytes": 1.5}}, "mixture.facts.bytes is 1.5: allowed is a number of bytes"),
+        ({"facts": {"bytes": 100, "exposures": [2, 2]}}, r"mixture.facts.exposures is \(2, 2\)"),
+        (
+            {"facts": {"bytes": 10, "exposures": [0]}},
+            r"mixture.facts.exposures is \(0,\): allowed is different",
+        ),
+        (
+            {"facts": {"bytes": 1, "exposures": [*range(1, 1500)]}},
+            r"mixture.facts.exposures is .* allowed is no more",
+        ),
+        ({"facts": {"bytes": 100, "document_bytes": 0}}, "mixture.facts.document_bytes is 0"),
+        ({"recall": {"bytes": 100, "pairs": [1]}}, r"mixture.recall.pairs is \(1,\)"),
+        ({"induction": {"bytes": 100, "longest": 2}}, "mixture.induction.longest is 2: allowed is 3"),
+        ({"recall": {"bytes": 100, "rounds": 0}}, "mixture.recall.rounds is 0"),
+        ({"induction": {"bytes": 100, "n_words": 7}}, "mixture.induction.n_words is 7: allowed is 24, "),
+        ({"arithmetic": {"bytes": 100, "modulus": 27}}, "mixture.arithmetic.modulus is 27: allowed is 3 to 26"),
+        ({"arithmetic": {"bytes": 100, "held_out": 1.0}}, "mixture.arithmetic.held_out is 1.0"),
+        ({"brackets": {"bytes": 100, "length": 7}}, "mixture.brackets.length is 7: allowed is 14"),
+        ({"needle": {"bytes": 100, "document_bytes": 200}}, r"mixture.needle.document_bytes is 200: allowed is \d+"),
     ],
 )
-def test_a_mixture_that_cannot_be_is_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_a_mixture_that_cannot_be_is_refused_by_the_whole_name_of_the_setting(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
         read_mixture(settings)
+    with pytest.raises(ConfigError, match=message.replace("mixture", "data.mixture", 1)):
+        read_mixture(settings, "data.mixture")
+
+
+@pytest.mark.parametrize("exposures", [(1, 4, 16, 64), (1, 2), (5,)])
+def test_bytes_that_no_facts_can_fill_are_refused_with_those_that_some_can(exposures: tuple[int, ...]) -> None:
+    for impossible in (1, 10**13):
+        with pytest.raises(ConfigError, match=rf"^data.mixture.facts.bytes is {impossible}: allowed is") as caught:
+            read_mixture({"facts": {"bytes": impossible, "exposures": exposures}}, "data.mixture")
+        ends = re.search("allowed is ([0-9,]+) to ([0-9,]+)", str(caught.value))
+        assert ends
+        least, most = (int(end.replace(",", "")) for end in ends.groups())
+        task = read_mixture({"facts": {"bytes": least, "exposures": exposures}})["facts"].task
+        assert isinstance(task, Facts)
+        for n_bytes in (least, most):  # names for all of them are drawn
+            kinds = Counter((fact.place, fact.names, fact.exposures) for fact in task.facts(n_bytes, 0))
+            assert len(kinds) == 2 * 2 * (1 + len(exposures))
+            assert len(set(kinds.values())) == 1
+        for n_bytes in (least - 1, most + 2):
+            with pytest.raises(ConfigError, match=rf"facts.bytes is {n_bytes}"):
+                task.facts(n_bytes, 0)
+
+
+@pytest.mark.parametrize("modulus", [3, 4, 5, 10])
+def test_whatever_is_held_out_leaves_sums_to_write_before_each_question(modulus: int) -> None:
+    with pytest.raises(ConfigError, match=r"arithmetic.held_out is 0.95: allowed is between 0 and") as caught:
+        Arithmetic(modulus=modulus, held_out=0.95)
+    most = float(re.findall("and ([0-9.]+),", str(caught.value))[0])
+    for seed in range(40):
+        assert len(Arithmetic(modulus=modulus, held_out=most).test(60, 1, seed)) == 60

@@ -89,7 +89,7 @@ def test_all_points_of_a_plan_with_a_mixture_share_its_documents_and_change_with
             assert own["seed"] == point.seed
         return [point.name for point in points]
 
-    others: list[dict[str, object]] = [{}, {"mixture_seed": 1}, {"probe_examples": 9}, {"mixture": {"facts": 9}}]
+    others: list[dict[str, object]] = [{}, {"mixture_seed": 1}, {"probe_examples": 9}, {"mixture": {"facts": 90_000}}]
     assert len({name for other in others for name in names(**other)}) == 8
 
 
