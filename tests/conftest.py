@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else torch.compile starts processes that import torch first
 
 import pytest
 import torch

@@ -17,7 +17,6 @@ from engram.kernels.native import load_native
 from engram.tensors import widen
 
 
-@torch.compiler.assume_constant_result
 def has_attention(device: str) -> bool:
     """Whether a type of device ("cpu", "cuda") has a kernel for `attention`."""
     return device == "cpu" and load_native()

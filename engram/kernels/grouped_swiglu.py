@@ -16,9 +16,9 @@ from engram.kernels.swiglu import swiglu_backward_reference
 from engram.tensors import widen
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+_AMX = torch.cpu._is_amx_tile_supported()
 
 
-@torch.compiler.assume_constant_result
 def has_grouped_swiglu(device: str, dtype: torch.dtype) -> bool:
     """Whether a type of device has a kernel for `grouped_swiglu` in a type that is faster than products of groups.
 
@@ -26,7 +26,7 @@ def has_grouped_swiglu(device: str, dtype: torch.dtype) -> bool:
     """
     if device != "cpu" or dtype not in (torch.float32, torch.float64, torch.bfloat16) or not load_native():
         return False
-    return dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
+    return dtype != torch.bfloat16 or not _AMX
 
 
 def _groups(copy: Tensor, ends: Tensor) -> Iterator[tuple[int, slice, Tensor]]:

@@ -6,7 +6,6 @@ Without it a warning says so and the references do the same work in plain torch.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import platform
@@ -35,17 +34,26 @@ _FLAGS = (
 )
 
 
-@functools.cache
+_loaded: bool | None = None  # what came of it, once tried
+
+
 def load_native() -> bool:
     """Load the C++ kernels, after compiling them if this machine has not yet; False, with a warning, if that fails.
 
-    Only the first call in a process does anything.
+    Only the first call in a process does anything, so that torch.compile, which comes later, reads a constant here.
     """
+    global _loaded
+    if _loaded is None:
+        _loaded = _load()
+    return _loaded
+
+
+def _load() -> bool:
     try:
         torch.ops.load_library(str(_built()))
     except (OSError, subprocess.CalledProcessError) as error:
         why = (error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)).strip()
-        warnings.warn(f"engram runs without its C++ kernels, which could not be built: {why[:2000]}", stacklevel=2)
+        warnings.warn(f"engram runs without its C++ kernels, which could not be built: {why[:2000]}", stacklevel=3)
         return False
     return True
 

@@ -113,8 +113,9 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(dtype: tor
     torch.testing.assert_close(compiled_gradients, eager_gradients)
 
 
-def test_importing_a_layer_imports_no_trainer() -> None:
+def test_importing_a_layer_imports_no_trainer_and_no_compiler() -> None:
     heavy = ("lightning", "transformers", "datasets", "tokenizers", "yaml", "scipy", "matplotlib", "accelerate")
+    heavy += ("torch._dynamo", "torch._inductor")
     code = f"import sys; from engram import Engram, MoE; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

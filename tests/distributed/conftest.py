@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from world import World
 
-RUNS = 30  # that a world is good for: each leaves process groups behind, whose threads gloo never ends
+# That a world is good for: each leaves process groups behind, whose threads gloo never ends, and each of these looks
+# for work a hundred times a second. For the same reason no world outlives the tests of a file.
+RUNS = 8
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], World]]:
     worlds: dict[int, World] = {}
 

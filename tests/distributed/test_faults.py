@@ -112,16 +112,18 @@ Start = Callable[..., Job]
 
 @pytest.fixture(scope="module")
 def start(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Runs a job to its end in a folder of its own, or one given; no process of it may be left."""
+    """Runs a job to its end in a folder of its own, or one given, and sends a rank a signal in a step; no process of it
+    may be left."""
 
-    def run(launcher: list[str], fault: tuple[signal.Signals, int] | None, folder: Path | None = None) -> Job:
+    def run(launcher: list[str], fault: tuple[signal.Signals, int, int] | None, folder: Path | None = None) -> Job:
         folder = folder or tmp_path_factory.mktemp("job")
         script, done = folder / "train.py", folder / "done"
+        done.unlink(missing_ok=True)
         script.write_text(FAULTY)
         run_settings = {**settings, "trainer": {**settings["trainer"], "default_root_dir": str(folder)}}
         (folder / "run.yaml").write_text(yaml.safe_dump(run_settings))
-        number, rank = fault or (signal.SIGKILL, -1)
-        own = {"PYTHONPATH": str(ROOT), "FAULT": f"{int(number)}:{rank}:6:{done}"}
+        number, rank, step = fault or (signal.SIGKILL, -1, 0)
+        own = {"PYTHONPATH": str(ROOT), "FAULT": f"{int(number)}:{rank}:{step}:{done}"}
         flags = ["fit", "--config", str(folder / "run.yaml"), "--ckpt_path", "auto"]
         with (folder / "said").open("w") as said:
             process = subprocess.Popen(
@@ -165,33 +167,34 @@ def whole(start: Start) -> Job:
 
 def assert_names(job: Job, rank: int, happened: str) -> None:
     """In one line, and in time."""
-    said = rf"^error: rank {rank} \(\S+, pid \d+\) {happened}, last at step \d; go on with --ckpt_path last$"
+    said = rf"^error: rank {rank} \(\S+, pid \d+\) {happened}, last at step \d+; go on with --ckpt_path last$"
     assert re.search(said, job.said, re.M), job.said
     assert job.seconds < TIMEOUT_S
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_job_which_names_it_and_goes_on_with_the_same_losses(
-    start: Start, whole: Job, rank: int
-) -> None:
-    job = start(LIGHTNING, (signal.SIGKILL, rank))
-    # Rank 0 is the process that was started: if it is killed, that is how it ends.
-    assert job.code == (-signal.SIGKILL if rank == 0 else EXIT_LOST_RANK)
-    assert_names(job, rank, "has died")
-    assert "Traceback" not in job.said
-    resumed = start(LIGHTNING, None, job.folder)
+def test_a_killed_rank_ends_the_job_which_names_it_and_goes_on_with_the_same_losses(start: Start, whole: Job) -> None:
+    """Twice: the second rank is killed in a job that has gone on after the first."""
+    folder = None
+    for rank, step in ((1, 6), (0, 10)):
+        job = start(LIGHTNING, (signal.SIGKILL, rank, step), folder)
+        # Rank 0 is the process that was started: if it is killed, that is how it ends.
+        assert job.code == (-signal.SIGKILL if rank == 0 else EXIT_LOST_RANK)
+        assert_names(job, rank, "has died")
+        assert "Traceback" not in job.said
+        folder = job.folder
+    resumed = start(LIGHTNING, None, folder)
     assert resumed.code == 0, resumed.said
     assert resumed.losses == whole.losses
 
 
 def test_a_rank_that_hangs_is_killed_and_named_even_if_it_keeps_the_store(start: Start) -> None:
-    job = start(LIGHTNING, (signal.SIGSTOP, 0))
+    job = start(LIGHTNING, (signal.SIGSTOP, 0, 6))
     assert job.code == -signal.SIGKILL
     assert_names(job, 0, r"has not been heard of for \d+ s")
 
 
 def test_torchrun_starts_again_by_itself_and_ends_with_the_same_losses(start: Start, whole: Job) -> None:
-    job = start(TORCHRUN, (signal.SIGKILL, 1))
+    job = start(TORCHRUN, (signal.SIGKILL, 1, 6))
     assert job.code == 0, job.said
     # By rank 0, or if torchrun ends that sooner, by torchrun.
     assert re.search(r"error: rank 1 \(|failed \(exitcode: -9\) local_rank: 1 ", job.said), job.said
@@ -199,7 +202,7 @@ def test_torchrun_starts_again_by_itself_and_ends_with_the_same_losses(start: St
 
 
 def test_a_job_of_accelerate_ends_too_and_names_the_rank(start: Start, whole: Job) -> None:
-    job = start(ACCELERATE, (signal.SIGKILL, 1))
+    job = start(ACCELERATE, (signal.SIGKILL, 1, 6))
     assert job.code not in (0, None)
     assert_names(job, 1, "has died")
     assert job.losses == {step: whole.losses[step] for step in range(EVERY)}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import errno
-import multiprocessing
 import os
 import random
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import FORKS
 from small_model import MODEL, build, optimizer_of, train
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,9 +26,6 @@ from engram.parallel.checkpoint import CheckpointWriter, checkpoint_folder, last
 from engram.parallel.state import entries
 
 CHANGES = {"memory": {**MODEL["memory"], "rows": [5000, 7000]}}  # so that writing takes a while
-# A process forked from one that has imported all that takes long starts at once.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["engram.parallel.apply", "engram.parallel.checkpoint", "engram.training.optim"])
 
 
 def trained(mesh: dict[str, Any] | None, rank: int = 0, n: int = 1) -> tuple[nn.Module, list[Optimizer]]:
@@ -78,8 +75,8 @@ def killed_after(saves: int, seconds: float, first: int, n: int, *args: Any) -> 
     checkpoint that they told of."""
     pipes, processes = [], []
     for rank in range(n):
-        ours, theirs = _FORKS.Pipe(duplex=False)
-        process = _FORKS.Process(target=save_on_and_on, args=(rank, n, *args, theirs), daemon=True)
+        ours, theirs = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=save_on_and_on, args=(rank, n, *args, theirs), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)

@@ -7,13 +7,14 @@ the whole world is ended and its traceback is raised here.
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from forks import FORKS
 
 _SECONDS = 120
 
@@ -22,14 +23,13 @@ class World:
     """`n` processes."""
 
     def __init__(self, n: int, store: Path) -> None:
-        context = multiprocessing.get_context("spawn")
         self.n = n
         self.runs = 0
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(n):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, n, str(store), theirs), daemon=True)
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(rank, n, str(store), theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 
 import engram
 from engram.training.cache import build_once, content_key
 from engram.training.corpus import split_docstrings
+from engram.training.main import main
 
 SEQ_LEN, STEPS, BATCH = 64, 300, 16
 
@@ -79,9 +80,8 @@ def train(name: str, cache: Path, **data_settings: Any) -> Path:
     def build(folder: Path) -> None:
         settings["trainer"]["default_root_dir"] = str(folder)
         (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "engram.training.main", "fit", "--config", str(folder / "run.yaml")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        with patch.object(sys, "argv", ["train.py"]):  # what LightningCLI would take for options
+            assert main(["fit", "--config", str(folder / "run.yaml")]) == 0
 
     return build_once(cache / f"{name}-{content_key(settings=json.dumps(settings), code=_code())}", build)
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -67,13 +66,15 @@ def test_options_that_cannot_be_are_named(
     assert capsys.readouterr().err.startswith(f"error: {error}")
 
 
-def test_without_submitit_the_command_says_how_to_get_it(tmp_path: Path) -> None:
+def test_without_submitit_the_command_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, path = plan_at(tmp_path)
-    script = "import sys; sys.modules['submitit'] = None; from engram.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", script, "sweep", "run", str(path), "--executor", "slurm"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "error: executor is 'slurm', which needs submitit: pip install 'engram-moe[slurm]'\n"
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.delitem(sys.modules, "engram.sweep.slurm")  # which is then imported anew
+    assert main(["sweep", "run", str(path), "--executor", "slurm"]) == 2
+    said = "error: executor is 'slurm', which needs submitit: pip install 'engram-moe[slurm]'\n"
+    assert capsys.readouterr() == ("", said)
 
 
 def write(point: Point, name: str, **record: object) -> None:

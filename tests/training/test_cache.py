@@ -24,8 +24,8 @@ def _want(path: Path) -> None:
 
 
 def test_processes_that_want_the_same_entry_build_it_once(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_want, args=(tmp_path / "entry",)) for _ in range(3)]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_want, args=(tmp_path / "entry",)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -111,7 +111,7 @@ def test_draws_after_a_resume_are_those_of_the_run_that_never_stopped(
 
 def test_a_killed_process_goes_on_where_its_checkpoint_was(train: Train, tmp_path: Path) -> None:
     """SIGKILL while it trains; resumed in the same folder, whose metrics.csv then has every step once."""
-    changes = {"trainer__max_steps": 160, "trainer__val_check_interval": 40, "checkpoint_every": 10}
+    changes = {"trainer__max_steps": 100, "trainer__val_check_interval": 25, "checkpoint_every": 10}
     whole = train("whole", **changes)
     killed = tmp_path / "killed"
     killed.mkdir()
@@ -129,7 +129,7 @@ def test_a_killed_process_goes_on_where_its_checkpoint_was(train: Train, tmp_pat
     last = last_checkpoint(killed / "checkpoints")
     assert last is not None
     stopped_at = read_run(last)["global_step"]
-    assert 0 < stopped_at < 160
+    assert 0 < stopped_at < 100
     rest = train("killed", resume=last, **changes)
     later = {step: loss for step, loss in whole.column("train/loss").items() if step >= stopped_at}
     assert {s: loss for s, loss in rest.column("train/loss").items() if s >= stopped_at} == later
