@@ -95,12 +95,12 @@ def measure(asked: Asked) -> Result:
 
 def groups_of(examples: Sequence[Example], question: NDArray[np.int64]) -> Members:
     """Which answers `[A]` are told of together: all that can be known, those of each value of a name of the examples'
-    groups, and those of two values where a picture tells them apart."""
+    groups, those of two values where a picture tells them apart, and those of the same values of all names."""
     values = [dict(example.group) for example in examples]
     known = np.array([not example.control for example in examples])[question]
     groups: Members = {(): known}
     names = [(name,) for name in values[0]]
-    for each in dict.fromkeys([*names, tuple(_axes(examples))]):
+    for each in dict.fromkeys([*names, tuple(_axes(examples)), tuple(values[0])]):
         for example in dict.fromkeys(tuple(own[name] for name in each) for own in values):
             who = np.array([tuple(own[name] for name in each) == example for own in values])[question]
             # Controls are told of where there is nothing else: they would blur what else is told.
