@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from eval.shared.command import run
 from eval.shared.subjects import Subject
@@ -50,3 +51,16 @@ def held_out_suffixes(subject: Subject, n_windows: int, order: int) -> list[list
     batch = data.val_windows(np.arange(n_windows))
     pairs = zip(batch["tokens"].numpy(), batch["document_ids"].numpy(), strict=True)
     return [suffixes(ids, documents, order, lookup[data.pad_id], lookup) for ids, documents in pairs]
+
+
+def scipys_interval(sums: Any, over: Any) -> Any:
+    """The 95 % interval, `low` and `high`, of a ratio of two sums over documents, by scipy's bootstrap of pairs."""
+    return stats.bootstrap(
+        (sums, over),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=4000,
+        random_state=3,
+    ).confidence_interval
