@@ -416,7 +416,7 @@ def tables(result: Result) -> str:
 
 
 def _team(layer: dict[str, Any]) -> str:
-    team = layer.get("team")  # answers of earlier versions have none
+    team = layer["team"]
     return "–" if team is None else f"{team['experts'][0]} and {team['experts'][1]}: {team['times']:.1f} times"  # noqa: RUF001
 
 

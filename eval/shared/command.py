@@ -21,7 +21,7 @@ from engram.pages import as_typed, png_of, save
 from engram.training.atomic import write_json
 from engram.training.environment import prepare_process
 from engram.training.recorder import device_name
-from eval.shared.page import write_page
+from eval.shared.page import FORMAT, write_page
 from eval.shared.question import Asked, Question, parser_of
 from eval.shared.subjects import Subject, open_subjects, run_folder, without_model
 
@@ -58,6 +58,7 @@ def _ask(question: Question, options: Any) -> int:
     result = plain(question.measure(asked))
     kept = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "against", "output")}
     record = {
+        "format": FORMAT,
         "question": question.name,
         "checkpoints": [subject.describe() for subject in subjects],
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()},

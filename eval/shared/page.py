@@ -19,13 +19,17 @@ from eval import QUESTIONS
 from eval.shared.strata import explained
 
 PAGE = "report.html"
+FORMAT = 1  # of an answer's JSON: another number wherever a page of before could no longer be made of it
 
 
 def write_page(folder: Path) -> Path:
     """Write the page of a folder's answers; returns its path."""
-    records = [_read(folder / f"{name}.json") for name in QUESTIONS if (folder / f"{name}.json").is_file()]
+    found = [_read(folder / f"{name}.json") for name in QUESTIONS if (folder / f"{name}.json").is_file()]
+    records = [record for record in found if record.get("format") == FORMAT]
     names = list(dict.fromkeys(checkpoint["name"] for record in records for checkpoint in record["checkpoints"]))
-    parts = [_contents(records), _warning(records), *(part for record in records for part in _section(record, folder))]
+    others = [record["question"] for record in found if record not in records]
+    sections = (part for record in records for part in _section(record, folder))
+    parts = [_contents(records), _outdated(others), _warning(records), *sections]
     with atomic_file(folder / PAGE) as draft:
         draft.write_text(page(" and ".join(names), parts), encoding="utf-8")
     return folder / PAGE
@@ -38,6 +42,12 @@ def _read(path: Path) -> dict[str, Any]:
 def _contents(records: Sequence[dict[str, Any]]) -> str:
     items = (f"<li><a href='#{r['question']}'>{html.escape(QUESTIONS[r['question']])}</a>" for r in records)
     return "<ul>" + "".join(items) + "</ul>"
+
+
+def _outdated(questions: Sequence[str]) -> str:
+    """What a reader must know of answers that this version can't read."""
+    told = "answered by another version of engram, and not shown: ask again"
+    return f"<p><b>{', '.join(questions)}: {told}.</b></p>" if questions else ""
 
 
 def _warning(records: Sequence[dict[str, Any]]) -> str:
@@ -57,9 +67,8 @@ def _section(record: dict[str, Any], folder: Path) -> Iterable[str]:
     names = ", ".join(html.escape(checkpoint["name"]) for checkpoint in record["checkpoints"])
     yield f"<h2 id={name}>{html.escape(question.title)}</h2><p>Asked of: {names}.</p>{question.about}"
     if "hot_from" in record["options"]:
-        options = record["options"]
-        first, train_tokens = record["checkpoints"][0], options.get("train_tokens", 0)  # of earlier versions: all
-        yield explained(record["result"]["order"], options["hot_from"], first, train_tokens)
+        options, first = record["options"], record["checkpoints"][0]
+        yield explained(record["result"]["order"], options["hot_from"], first, options["train_tokens"])
     yield _picture(record, folder / f"{name}.png", question.title)
     yield question.tables(record["result"])
     yield "<details><summary>Checkpoints and settings</summary>"
@@ -67,7 +76,7 @@ def _section(record: dict[str, Any], folder: Path) -> Iterable[str]:
         ["checkpoint", "rho", "parameters", "a token uses", "memory", "trained on, tokens", "seed", "corpus"],
         [_checkpoint(checkpoint) for checkpoint in record["checkpoints"]],
     )
-    n_tokens = record.get("held_out_tokens")  # answers of earlier versions have none
+    n_tokens = record["held_out_tokens"]
     text = {} if n_tokens is None else {"held-out text at hand, tokens": f"{n_tokens:,}"}
     settings = {**record["options"], **text, "hardware": record["device"], **record["versions"]}
     yield table(["", ""], [[html.escape(str(k)), html.escape(str(v))] for k, v in settings.items()]) + "</details>"
@@ -79,8 +88,7 @@ def _picture(record: dict[str, Any], path: Path, title: str) -> str:
         png = path.read_bytes()
     except FileNotFoundError:
         return f"<p><b>The picture is missing: there is no {path.name}. Ask again to have it drawn.</b></p>"
-    drawn = record.get("picture_sha256")  # answers of earlier versions have none
-    if drawn not in (None, hashlib.sha256(png).hexdigest()):
+    if record["picture_sha256"] != hashlib.sha256(png).hexdigest():
         return f"<p><b>No picture: {path.name} is not that of these numbers. Ask again to have it drawn.</b></p>"
     return embedded(png, title)
 

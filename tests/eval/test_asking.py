@@ -106,11 +106,20 @@ def test_a_page_has_no_picture_but_that_of_its_numbers_and_tells_of_one_that_is_
     write_page(tmp_path)
     assert "The picture is missing: there is no loss.png" in page.read_text()
     assert "<td>2,048</td>" in page.read_text()
-    record = json.loads((tmp_path / "loss.json").read_text())
-    del record["picture_sha256"]  # as earlier versions wrote it
-    (tmp_path / "loss.json").write_text(json.dumps(record))
-    picture.write_bytes(first)
-    assert shown() == (True, False)
+
+
+@pytest.mark.parametrize("changed", [{"format": 0}, {"result": {}, "format": 2}])
+def test_an_answer_of_another_version_is_named_and_does_not_keep_others_from_being_shown(
+    memory_run: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    for name in ("loss", "lens"):
+        answer_of(name, tmp_path, memory_run, "--tokens", "1024")
+    path = tmp_path / "loss.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    page = write_page(tmp_path).read_text()
+    assert "loss: answered by another version of engram" in page
+    assert "<h2 id=loss>" not in page
+    assert "<h2 id=lens>" in page
 
 
 def test_checkpoints_are_called_in_pictures_what_their_user_calls_them(
