@@ -25,7 +25,7 @@ from engram.memory import MemoryTable, RowReader
 from engram.pages import GREY, table
 from eval.shared.caching import served_by_least_recently_used, served_by_most_read
 from eval.shared.command import main
-from eval.shared.ngrams import Counts, Suffixes
+from eval.shared.ngrams import Counts, Suffixes, located
 from eval.shared.occupancy import Shared, occupied, shared
 from eval.shared.question import Asked, Question, Result
 from eval.shared.strata import add_train_tokens, bin_name, binned, trained_on
@@ -109,7 +109,7 @@ class NgramCounts:
         """Which of another text `[windows, T]` are none of them."""
         known = self._counts.all()[0]
         wanted, place = np.unique(self._suffixes.keys(*self._as_hashed(tokens, documents)), return_inverse=True)
-        return ~np.isin(wanted, known, assume_unique=True)[place].reshape(tokens.shape)
+        return ~located(known, wanted)[1][place].reshape(tokens.shape)
 
     def raw_ids(self) -> Iterator[torch.Tensor]:
         """Raw ids of each, some at a time, `[some N-grams, order]`, of the many that may spell it the lowest."""

@@ -6,7 +6,6 @@ nothing of what came before, and its first token is predicted from that token.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from engram.config import ConfigError, require
 from engram.inference import Sampling, stream
 from engram.inference.opening import Tables, open_model
 from engram.memory.row_formats import RowKind
+from engram.training.identity import tokenizer_identity
 from engram.training.tokenizer import eos_id, load_tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,7 +116,7 @@ class EngramHarness(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """For the harness's cache of requests: another one for any other tokenizer."""
-        return "engram-" + hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
+        return "engram-" + tokenizer_identity(self._tokenizer, "")["sha256"][:16]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text, without special tokens: as in training."""

@@ -7,6 +7,7 @@ stands in a text would wait for memory every time.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ class Suffixes:
         `ids` are canonical; N-grams don't cross a change in `documents`.
         """
         wanted, place = np.unique(self.keys(ids, documents), return_inverse=True)
-        at, known = self._at(wanted)
+        at, known = located(self._keys, wanted)
         self._numbers = np.insert(self._numbers, at[~known], len(self) + np.arange((~known).sum()))
         self._keys = np.insert(self._keys, at[~known], wanted[~known])
         return self._numbers[np.searchsorted(self._keys, wanted)][place].reshape(ids.shape)
@@ -54,7 +55,7 @@ class Suffixes:
     def find(self, ids: Ints, documents: Ints) -> Ints:
         """The number of each suffix of another text `[windows, T]`; -1 for those that this text has not."""
         wanted, place = np.unique(self._keys_there(ids, documents), return_inverse=True)
-        at, known = self._at(wanted)
+        at, known = located(self._keys, wanted)
         found = np.full(len(wanted), -1)
         found[known] = self._numbers[at[known]]
         return found[place].reshape(ids.shape)
@@ -63,7 +64,7 @@ class Suffixes:
         """Numbers of this text's suffixes that another text `[windows, T]` has, and how often each is there if each of
         its windows is read so many times, `[windows]`."""
         wanted, n = counted(self._keys_there(ids, documents), times)
-        at, known = self._at(wanted)
+        at, known = located(self._keys, wanted)
         return self._numbers[at[known]], n[known]
 
     def ids(self) -> Ints:
@@ -97,14 +98,6 @@ class Suffixes:
             there &= earlier < self._size
             keys = keys * self._size + earlier
         return np.where(there, keys, -1)
-
-    def _at(self, wanted: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """Where ascending keys are or would be, and which are there."""
-        at = np.searchsorted(self._keys, wanted)
-        known = np.zeros(len(wanted), bool)
-        inside = at < len(self._keys)
-        known[inside] = self._keys[at[inside]] == wanted[inside]
-        return at, known
 
     def _earlier(self, ids: Ints, documents: Ints, n: int) -> Ints:
         """Ids as they were n positions ago."""
@@ -140,16 +133,9 @@ class Counts:
     def _merge(self) -> None:
         if not self._new:
             return
-        keys, counts = (np.concatenate(each) for each in zip(*self._new, strict=True))
+        keys, counts = _joined(self._new)
         self._new, self._pending = [], 0
-        order = np.argsort(keys, kind="stable")
-        keys, counts = keys[order], counts[order]
-        first = np.flatnonzero(np.diff(keys, prepend=-2))
-        keys, counts = keys[first], np.add.reduceat(counts, first) if len(first) else counts
-        at = np.searchsorted(self._keys, keys)
-        known = np.zeros(len(keys), bool)
-        inside = at < len(self._keys)
-        known[inside] = self._keys[at[inside]] == keys[inside]
+        at, known = located(self._keys, keys)
         self._counts[at[known]] += counts[known]
         self._keys = np.insert(self._keys, at[~known], keys[~known])
         self._counts = np.insert(self._counts, at[~known], counts[~known])
@@ -159,13 +145,25 @@ def counted(keys: Ints, times: Ints) -> tuple[Ints, Ints]:
     """The distinct keys of `[windows, T]`, ascending, and how often each is there if a window is read so many times,
     `[windows]`; without those below 0."""
     parts = [_distinct(keys[times == n].ravel(), n) for n in np.unique(times)]
-    if len(parts) == 1:
-        return parts[0]
-    both, n = (np.concatenate(each) for each in zip(*parts, strict=True))
-    wanted, place = np.unique(both, return_inverse=True)
-    total = np.zeros(len(wanted), np.int64)
-    np.add.at(total, place, n)
-    return wanted, total
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def located(keys: Ints, wanted: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    """Where wanted keys are or would be among ascending ones, and which are there."""
+    at = np.searchsorted(keys, wanted)
+    known = np.zeros(len(wanted), bool)
+    inside = at < len(keys)
+    known[inside] = keys[at[inside]] == wanted[inside]
+    return at, known
+
+
+def _joined(parts: Sequence[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
+    """Ascending keys of all parts, and the sums of their counts."""
+    keys, counts = (np.concatenate(each) for each in zip(*parts, strict=True))
+    order = np.argsort(keys, kind="stable")
+    keys, counts = keys[order], counts[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-2))
+    return keys[first], np.add.reduceat(counts, first) if len(first) else counts
 
 
 def _distinct(keys: Ints, times: int) -> tuple[Ints, Ints]:

@@ -77,7 +77,7 @@ def stratum_names(hot_from: int) -> list[str]:
     return ["cold: never seen", f"warm: seen 1 to {hot_from - 1} times", f"hot: {hot_from} times or more"]
 
 
-def explained(order: int, hot_from: int, first: dict[str, Any], train_tokens: int = 0) -> str:
+def explained(order: int, hot_from: int, first: dict[str, Any], train_tokens: int) -> str:
     """What a page says of strata, as HTML; `first` is what is known of the checkpoint that they were counted for."""
     name = html.escape(first["name"])
     where = f"in the windows that {name} was trained on, each as often as it was"
