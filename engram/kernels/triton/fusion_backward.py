@@ -60,7 +60,7 @@ def fuse_memory_backward_triton(
         past_values, past_scales = (dense(past_values), dense(past_scales)) if past else (None, None)
         conv = (widen(conv_weight) * widen(conv_norm)).contiguous()
         dots, tap_sums = hand_back(
-            grad_kv, grad_out, kv, conv, documents, past_values, past_scales, alpha, stats, dilation
+            grad_kv, grad_out, kv, conv, documents, past_values, past_scales, alpha, stats, eps, dilation
         )
         per_tap = tap_sums.sum(0)
         grad_norm = (per_tap * widen(conv_weight)).sum(0).to(conv_norm.dtype)

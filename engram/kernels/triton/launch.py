@@ -33,6 +33,19 @@ def sigmoid(x):
         return 1.0 / (1.0 + tl.exp(-x))
 
 
+@triton.jit
+def prefetch(at, ROWS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, SECTOR: tl.constexpr):
+    """Into the L2 cache, where there is an instruction for it: WIDTH numbers at `at`, and STRIDE numbers on, ..."""
+    if _PTX:
+        each: tl.constexpr = SECTOR * 8 // at.dtype.element_ty.primitive_bitwidth
+        i = tl.arange(0, triton.next_power_of_2(ROWS * WIDTH // each))
+        where = at + (i * each // WIDTH % ROWS) * STRIDE + i * each % WIDTH
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where.to(tl.int64, bitcast=True)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 class Walk(NamedTuple):
     """Programs of 16 warps, one for each processor, that walk over segments of tokens in steps of a few.
 
