@@ -158,9 +158,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
             return attention(q, k, v, positions.starts)
         # Heads of unequal width have no memory-saving kernel; zeros beside the values change nothing.
         padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
-        mask, grouped = positions.mask, k.shape[2] < q.shape[2]
+        mask, each = positions.mask, q.shape[2] // k.shape[2]
+        if mask is not None and each > 1:  # with a mask, CUDA's kernels take as many keys as queries or keep all scores
+            k, padded, each = k.repeat_interleave(each, 2), padded.repeat_interleave(each, 2), 1
         q, k, padded = (x.to(v.dtype).transpose(1, 2) for x in (q, k, padded))
-        y = F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, enable_gqa=each > 1)
         return y[..., : v.shape[-1]].transpose(1, 2)
 
 
@@ -168,9 +170,14 @@ def _attend_to(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | 
     """Softmax attention of `[B, T, h, c]` on what is kept, keys and values `[B, S, g, c]` of any type, where visible
     `[B, 1, T, S]`; in the type of `q`."""
     with torch.autocast(v.device.type, enabled=False):
-        q, k, v = (x.to(q.dtype).transpose(1, 2) for x in (q, k, v))
-        grouped = k.shape[1] < q.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=grouped).transpose(1, 2)
+        T, g = q.shape[1], k.shape[2]
+        each = q.shape[2] // g
+        # Queries that share a key stand below each other, as if they were more tokens: no key is repeated for them.
+        q = rearrange(q, "B T (g each) c -> B g (T each) c", g=g)
+        visible = visible.unsqueeze(3).expand(-1, -1, -1, each, -1).flatten(2, 3)
+        k, v = (x.to(q.dtype).transpose(1, 2) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, visible, scale=scale)
+        return rearrange(y, "B g (T each) c -> B T (g each) c", T=T)
 
 
 Attention = GroupedQueryAttention | MultiHeadLatentAttention
