@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--ids", choices=("text", "zipf"), default="text")
     parser.add_argument("--folder", help="for the files of tables, removed afterwards; the system's own if not given")
     parser.add_argument("--rounds", type=int, help="the scale's own if not given")
+    parser.add_argument("--prompts", type=int, help="of a round; the scale's own if not given")
     parser.add_argument("--rows", type=int, help="of each of the table's heads; the scale's own if not given")
     parser.add_argument("--replay", action="store_true", help="decode by CUDA graphs, too")
     arguments = parser.parse_args()
@@ -147,8 +148,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     name = arguments.scale or ("h200" if device.type == "cuda" else "cpu")
     scale = SCALES[name]
-    if arguments.rounds:
-        scale = replace(scale, rounds=arguments.rounds)
+    scale = replace(scale, rounds=arguments.rounds or scale.rounds, n_prompts=arguments.prompts or scale.n_prompts)
     if arguments.rows:
         assert scale.model.memory is not None
         memory = replace(scale.model.memory, rows=(arguments.rows,) * 2)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engram import EngramLM
-from engram.memory import MemoryTable, OffloadedTable
+from engram.memory import HostTable, MemoryTable, OffloadedTable
 from offloading.replay import ReplayedStep
 from offloading.words import Batch
 
@@ -29,7 +29,8 @@ class Side:
     @property
     def replays(self) -> bool:
         """Whether a step can be recorded: not if the host has a part in it."""
-        return not isinstance(self.table, OffloadedTable) or not self.table.cache_rows
+        table = self.table
+        return not isinstance(table, OffloadedTable) or (isinstance(table, HostTable) and not table.cache_rows)
 
 
 @dataclass
@@ -84,12 +85,11 @@ def finished(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def serve(model: EngramLM, batch: Batch, device: torch.device, replays: bool) -> Spent:
+def serve(model: EngramLM, batch: Batch, device: torch.device, capacity: int, replays: bool) -> Spent:
     """Take prompts in, and continue them; a second time, from there on, by a recorded step if it `replays`."""
-    B, T = batch.ids.shape
     following = batch.following.split(1, dim=1)
     start = finished(device)
-    state = model.init_state(B, T + len(following) * (1 + replays))
+    state = model.init_state(len(batch.ids), capacity)
     model.logits(model.step(batch.ids, state, batch.mask).hidden[:, -1])
     middle = finished(device)
     for ids in following:
@@ -102,6 +102,11 @@ def serve(model: EngramLM, batch: Batch, device: torch.device, replays: bool) ->
             step(ids)
         spent.replayed = finished(device) - start
     return spent
+
+
+def capacity_for(batch: Batch, replays: bool) -> int:
+    """Room for a batch, in steps of 16, which is how kernels like their masks."""
+    return -(-(batch.ids.shape[1] + batch.following.shape[1] * (1 + replays)) // 16) * 16
 
 
 @contextmanager
@@ -126,7 +131,7 @@ def warm_up(model: EngramLM, sides: dict[str, Side], batches: list[Batch], devic
         for batch in batches:
             side.before()
             with in_place(model, side):
-                serve(model, batch.to(device), device, replays and side.replays)
+                serve(model, batch.to(device), device, capacity_for(batch, replays), replays and side.replays)
         if isinstance(side.table, OffloadedTable):
             side.table.reset_stats()
     print(f"warm: {finished(device) - began:.1f} s", flush=True)
@@ -153,14 +158,14 @@ def compare(
         spent = {name: Spent() for name in sides}
         all_spent.append(spent)
         for batch in drawn:
-            here = batch.to(device)
+            here, capacity = batch.to(device), capacity_for(batch, replays)
             if device.type == "cuda":  # a shape that is met for the first time has kernels chosen for it
                 with in_place(model, with_memory):
-                    serve(model, here.started(), device, False)
+                    serve(model, here.started(), device, capacity, False)
             for name in order:
                 sides[name].before()
                 with in_place(model, sides[name]):
-                    once = serve(model, here, device, replays and sides[name].replays)
+                    once = serve(model, here, device, capacity, replays and sides[name].replays)
                 spent[name] += once
                 rates = ", ".join(f"{phase} {rate:.0f}" for phase, rate in once.rates().items())
                 print(f"  {name}: {rates} tokens/s", flush=True)
