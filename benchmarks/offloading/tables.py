@@ -16,6 +16,8 @@ from engram.memory.row_formats import FloatRows
 from offloading.files import advise
 from offloading.words import Batch
 
+_MAP_NORESERVE = 0x4000  # mmap(2), on Linux
+
 
 def build(config: ModelConfig, device: torch.device) -> tuple[EngramLM, Engram]:
     """A model in bfloat16 whose table is still to come, and its memory."""
@@ -34,8 +36,10 @@ def build(config: ModelConfig, device: torch.device) -> tuple[EngramLM, Engram]:
 
 def random_records(n_rows: int, fmt: FloatRows) -> Tensor:
     """Rows as they start, a block of them over and over: nothing here depends on their values."""
-    records = torch.empty(n_rows, fmt.row_bytes, dtype=torch.uint8)
-    with suppress(OSError):  # where the system has large pages: memory is filled, and locked for a device, by pages
+    # Mapped, without a promise by the system: a machine may have been given less memory so far than it will get.
+    size, flags = n_rows * fmt.row_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    records = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8).view(n_rows, fmt.row_bytes)
+    with suppress(OSError):  # where there are large pages: memory is filled, and locked for a device, page by page
         advise(records, mmap.MADV_HUGEPAGE)
     block = fmt.encode(0.02 * torch.randn(2**18, fmt.width))
     for part in records.split(len(block)):
