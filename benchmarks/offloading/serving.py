@@ -15,6 +15,7 @@ from torch import nn
 
 from engram import EngramLM
 from engram.memory import HostTable, MemoryTable, OffloadedTable
+from engram.training.environment import freeze_objects
 from offloading.replay import ReplayedStep
 from offloading.words import Batch
 
@@ -152,6 +153,7 @@ def compare(
     `warming` is served before. `replays`: decode by recorded steps, too.
     """
     warm_up(model, sides, warming, device, replays)
+    freeze_objects()
     _, with_memory, *_ = sides.values()
     order, all_spent = deque(sides), []
     for drawn in rounds:
