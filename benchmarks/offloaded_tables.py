@@ -160,6 +160,7 @@ def main() -> None:
     machine: dict[str, Any] = dict(hardware())
     if device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each length of prompts
     print(" | ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     result: dict[str, Any] = {"hardware": machine, "ids": arguments.ids, "scale": asdict(scale)}
 
