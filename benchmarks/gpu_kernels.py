@@ -19,7 +19,8 @@ import torch
 from harness import alternate_on_gpu, copy_rate, gpu_hardware, store
 from torch import Tensor
 
-from engram.kernels import fusion, hashing, rows, swiglu
+from engram.kernels import fusion, hashing, rows
+from engram.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
 HIDDEN = (2560, 4096)
 TOKENS = (4096, 8192, 16384, 32768)
@@ -185,10 +186,10 @@ def swiglu_cases(D: int, N: int) -> Iterator[Case]:
 
     P, F = N * EXPERTS_PER_TOKEN, EXPERT_WIDTH
     x, g, w = torch.randn(P, 2 * F, **BF16), torch.randn(P, F, **BF16), torch.rand(P, device="cuda")
-    made = sides(swiglu_triton, swiglu.swiglu_reference, [x, w])
+    made = sides(swiglu_triton, swiglu_reference, [x, w])
     least = P * (6 * F + 4)
     yield Case("SwiGLU, forward", D, N, least, least, **made, tile="-")
-    made = sides(swiglu_backward_triton, swiglu.swiglu_backward_reference, [g, x, w])
+    made = sides(swiglu_backward_triton, swiglu_backward_reference, [g, x, w])
     least = P * (10 * F + 8)
     yield Case("SwiGLU, backward", D, N, least, least, **made, tile="-")
 

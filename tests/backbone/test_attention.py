@@ -124,6 +124,25 @@ def test_a_document_in_a_window_is_attended_as_if_alone(kind: str) -> None:
         torch.testing.assert_close(together[:, start:end], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["gqa", "mla"])
+def test_packed_documents_on_a_gpu_are_those_of_float64(kind: str) -> None:
+    """In bfloat16 flash attention takes them one by one, without a mask."""
+    config: Any = GQA if kind == "gqa" else replace(MLA, qk_rope_head_dim=8)
+    layer: Any = (GroupedQueryAttention if kind == "gqa" else MultiHeadLatentAttention)(config, D, 1e-6)
+    x, grad = torch.randn(B, T, D), torch.randn(B, T, D)
+    documents = torch.tensor([[0] * 5 + [1] * 8 + [2] * 4, [7] * 16 + [9]])
+    found = []
+    for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cuda")):
+        here = x.to(device, dtype).requires_grad_()
+        at = positions_of(torch.zeros(B, T, dtype=torch.int64, device=device), documents.to(device), config)
+        y = layer.to(device, dtype)(here, at)
+        found.append((y.detach().cpu().double(), torch.autograd.grad(y, here, grad.to(y))[0].cpu().double()))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 0.02 * one.norm()
+
+
 def _rope(theta: float, yarn: YarnConfig | None) -> dict[str, Any]:
     """The `rope_parameters` of transformers."""
     if yarn is None:
