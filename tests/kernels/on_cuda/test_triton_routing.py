@@ -1,4 +1,4 @@
-"""`route` and its backward in Triton against their references."""
+"""`route`, `router_logits` and their backwards for CUDA against their references."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engram.kernels.routing import route_backward_reference, route_reference
+from engram.kernels.triton.router_logits import router_logits_backward_triton, router_logits_triton
 from engram.kernels.triton.routing import route_backward_triton, route_triton
 
 
@@ -65,3 +66,23 @@ def test_scores_of_nothing_give_weights_of_nothing(device: torch.device) -> None
     assert weights.count_nonzero() == 0
     grad = route_backward_triton(torch.ones_like(weights), logits, experts, True, True, 1.0)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("N", [0, 50])
+@pytest.mark.parametrize("tokens", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("router", [torch.bfloat16, torch.float32])
+def test_logits_are_exact_and_their_gradients_as_near_as_asked(
+    N: int, tokens: torch.dtype, router: torch.dtype, device: torch.device
+) -> None:
+    x, weight = torch.randn(N, 64).to(device, tokens), torch.randn(12, 64).to(device, router)
+    grad = torch.randn(N, 12, device=device, dtype=torch.float64 if tokens == torch.float64 else torch.float32)
+    logits = router_logits_triton(x, weight, True)
+    assert logits.dtype == grad.dtype
+    torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=1e-5, atol=2e-5)
+    wanted = (grad.double() @ weight.double(), grad.double().T @ x.double())
+    for bfloat16 in (True, False):
+        got = router_logits_backward_triton(grad, x, weight, bfloat16)
+        assert [g.dtype for g in got] == [tokens, router]
+        for one, other in zip(got, wanted, strict=True):
+            rounded = bfloat16 or one.dtype == torch.bfloat16
+            assert (one.double() - other).norm() <= (2**-7 if rounded else 1e-5) * other.norm()
