@@ -21,9 +21,12 @@ from engram.kernels.triton import (  # noqa: E402
     fusion_backward,
     fusion_forward,
     hashing,
+    layout,
     register,
+    routing,
     rows,
     sinkhorn,
+    spread,
     swiglu,
 )
 
@@ -122,7 +125,30 @@ def test_rows_picked_from_elsewhere(compiled: list[Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swiglu(dtype: torch.dtype, compiled: list[Any]) -> None:
     x, weights = torch.randn(5, 96).to(dtype), torch.rand(5)
-    swiglu.swiglu_backward_triton(swiglu.swiglu_triton(x, weights), x, weights)
+    out = swiglu.swiglu_triton(x, weights)
+    swiglu.swiglu_backward_triton(out, x, weights)
+    swiglu.swiglu_again_triton(out, x, weights)
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize(("E", "k", "sigmoid"), [(128, 8, True), (5, 3, False), (4096, 1, False)])
+def test_routing(E: int, k: int, sigmoid: bool, compiled: list[Any]) -> None:
+    logits = torch.randn(70, E)
+    weights, experts, _, _ = routing.route_triton(logits, torch.zeros(E), k, sigmoid, True, 1.0)
+    routing.route_backward_triton(weights, logits, experts, sigmoid, True, 1.0)
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize(("N", "E"), [(700, 128), (3, 5), (3, 4096)])
+def test_layout(N: int, E: int, compiled: list[Any]) -> None:
+    layout.lay_out_triton(torch.zeros(N, 8, dtype=torch.int64), torch.zeros(E, dtype=torch.int64), 8, True)
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize(("D", "K", "dtype"), [(2048, 8, torch.bfloat16), (24, 11, torch.float32)])
+def test_spreading(D: int, K: int, dtype: torch.dtype, compiled: list[Any]) -> None:
+    place = torch.zeros(9, K, dtype=torch.int64)
+    spread.sum_rows_triton(spread.spread_triton(torch.randn(9, D).to(dtype), place), place)
     assert len(compiled) == 2
 
 
@@ -139,7 +165,18 @@ def test_hyper_connections(M: int, stream: torch.dtype, compiled: list[Any]) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["hash_ngrams", "hash_gather", "fuse_memory", "row_adam_", "pick_rows", "swiglu_backward"]
+    "name",
+    [
+        "hash_ngrams",
+        "hash_gather",
+        "fuse_memory",
+        "row_adam_",
+        "pick_rows",
+        "swiglu_backward",
+        "route",
+        "lay_out_rows",
+        "grouped_swiglu",
+    ],
 )
 def test_operators_have_a_kernel_for_cuda(name: str) -> None:
     assert register()
