@@ -21,7 +21,18 @@ def register() -> bool:
     """Put the kernels under the CUDA key; False, and nothing done, without Triton. Only the first call does it."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from engram.kernels.triton import elsewhere, fusion_backward, fusion_forward, hashing, rows, sinkhorn, swiglu
+    from engram.kernels.triton import (
+        elsewhere,
+        fusion_backward,
+        fusion_forward,
+        hashing,
+        loss,
+        norm,
+        rotate,
+        rows,
+        sinkhorn,
+        swiglu,
+    )
     from engram.kernels.triton import gather as gather  # defines an operator
 
     kernels: dict[str, Callable[..., Any]] = {
@@ -40,6 +51,11 @@ def register() -> bool:
         "write_branches_backward": sinkhorn.write_branches_backward_triton,
         "swiglu": swiglu.swiglu_triton,
         "swiglu_backward": swiglu.swiglu_backward_triton,
+        "rms_norm": norm.rms_norm_triton,
+        "rms_norm_backward": norm.rms_norm_backward_triton,
+        "norm_rotate": rotate.norm_rotate_triton,
+        "norm_rotate_backward": rotate.norm_rotate_backward_triton,
+        "cross_entropy_": loss.cross_entropy_triton_,
     }
     for name, kernel in kernels.items():
         LIBRARY.impl(name, _on_its_device(kernel), "CUDA")
