@@ -1,7 +1,7 @@
 """`cross_entropy_` for CUDA, in Triton (reference: engram/kernels/loss.py).
 
-A program takes a row of logits in chunks, of which its registers hold the first: the others are read twice, the last of
-them first, so that the second time they come from a cache. In numbers of the logits' type 2 V must move.
+A program takes a row of V logits, of which 2 V numbers must move. Up to 16384 it holds them; more it reads twice, in
+chunks, the last of them first when it writes, so that most come from a cache the second time.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from engram.kernels.loss import cross_entropy_reference_
-from engram.kernels.triton.launch import ceil_div, machine
+from engram.kernels.triton.launch import at_most, ceil_div, machine
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOWEST = tl.constexpr(-1e38)  # finite, so that it can be taken from itself
 _DEEP = 4  # 16-byte loads of a thread that are under way together
-_HELD = 16384  # logits that a program of at most 16 warps holds, two to a processor
+_CACHED = 0.6  # of the L2 cache may be taken by rows that are to be read again
 
 
 @triton.jit
@@ -38,6 +38,19 @@ def _write(row, v, x, log_sum, target, V: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _added(x, top, total):
+    """Maxima and sums of exponentials above them, one pair for each column of all chunks so far."""
+    more = tl.maximum(tl.max(x, 0), top)
+    return more, total * tl.exp2(top - more) + tl.sum(tl.exp2(x - more[None, :]), 0)
+
+
+@triton.jit
+def _log_sum(top, total):
+    highest = tl.max(top, 0)
+    return highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
+
+
+@triton.jit
 def _kernel(
     logits, targets, losses, stride, V: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
 ):
@@ -46,23 +59,23 @@ def _kernel(
     target = tl.load(targets + n).to(tl.int32)
     wanted = tl.load(row + target).to(tl.float32)
     even: tl.constexpr = V % (DEEP * WIDTH) == 0
-    # Maxima and sums stay apart for each of WIDTH places until all chunks have been seen.
+    # Columns lie in a thread each: threads need not meet before all chunks have been seen.
     v = tl.arange(0, DEEP)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    held = _chunk(row, v, V, even)
-    top = tl.maximum(tl.max(held, 0), _LOWEST)
-    total = tl.sum(tl.exp2(held - top[None, :]), 0)
-    for i in range(1, CHUNKS):
-        x = _chunk(row, i * (DEEP * WIDTH) + v, V, even)
-        more = tl.maximum(tl.max(x, 0), top)
-        total = total * tl.exp2(top - more) + tl.sum(tl.exp2(x - more[None, :]), 0)
-        top = more
-    highest = tl.max(top, 0)
-    log_sum = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
+    top = tl.full([WIDTH], _LOWEST, tl.float32)
+    total = tl.zeros([WIDTH], tl.float32)
+    if CHUNKS == 1:
+        x = _chunk(row, v, V, even)
+        top, total = _added(x, top, total)
+        log_sum = _log_sum(top, total)
+        _write(row, v, x, log_sum, target, V, even)
+    else:
+        for i in range(CHUNKS):
+            top, total = _added(_chunk(row, i * (DEEP * WIDTH) + v, V, even), top, total)
+        log_sum = _log_sum(top, total)
+        for i in range(CHUNKS):
+            at = (CHUNKS - 1 - i) * (DEEP * WIDTH) + v
+            _write(row, at, _chunk(row, at, V, even), log_sum, target, V, even)
     tl.store(losses + n, log_sum / _LOG2_E - wanted)
-    for i in range(1, CHUNKS):
-        at = (CHUNKS - i) * (DEEP * WIDTH) + v
-        _write(row, at, _chunk(row, at, V, even), log_sum, target, V, even)
-    _write(row, v, held, log_sum, target, V, even)
 
 
 def cross_entropy_triton_(logits: Tensor, targets: Tensor) -> Tensor:
@@ -75,17 +88,18 @@ def cross_entropy_triton_(logits: Tensor, targets: Tensor) -> Tensor:
     losses = logits.new_empty(N, dtype=torch.float32)
     _kernel[(N,)](
         logits, targets.contiguous(), losses, logits.stride(0),
-        V=V, DEEP=_DEEP, WIDTH=width, CHUNKS=ceil_div(V, _DEEP * width), num_warps=warps,
+        V=V, DEEP=_DEEP, WIDTH=width, CHUNKS=ceil_div(V, _DEEP * width), num_warps=warps, **at_most(64),
     )  # fmt: skip
     return losses
 
 
 def _warps(V: int, element_size: int, device: torch.device) -> int:
-    """As few as hold a row; for longer rows as many as let the rows of all programs lie in the L2 cache together."""
-    if V <= _HELD:
-        return min(max(triton.next_power_of_2(V) // (_DEEP * 32 * 8), 1), 16)
+    """Of a program, of which 32 / warps run on a processor: as few as hold a row of at most 16384 logits, or leave all
+    rows that are under way together in a part of the L2 cache."""
+    if V <= 16 * 32 * 8 * _DEEP:
+        return max(triton.next_power_of_2(V) // (32 * 8 * _DEEP), 1)
     processors, cache = machine(device)
     warps = 8
-    while warps < 32 and 32 // warps * processors * V * element_size > cache:
+    while warps < 32 and 32 // warps * processors * V * element_size > _CACHED * cache:
         warps *= 2
     return warps

@@ -7,6 +7,8 @@ backward a program keeps the weight's gradient of all its rows; programs' parts,
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -29,16 +31,17 @@ def _forward_kernel(
     value = tl.load(x + wide_r * x_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
-    tl.store(inverse + r, scale, mask=r < R)
     y = value * scale[:, None] * w[None, :]
     tl.store(out + wide_r * D + d[None, :], y.to(out.dtype.element_ty), mask=mask)
+    tl.store(inverse + r, scale, mask=r < R)
 
 
 @triton.jit
-def _rows_of(grad, x, inverse, r, R, grad_stride, x_stride, D: tl.constexpr, WIDTH: tl.constexpr):
-    d = tl.arange(0, WIDTH)
-    mask = (r < R)[:, None] & (d < D)[None, :]
-    wide_r = r.to(tl.int64)[:, None]
+def _rows_from(
+    first, grad, x, inverse, R, grad_stride, x_stride, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    r, d = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    mask, wide_r = (r < R)[:, None] & (d < D)[None, :], r.to(tl.int64)[:, None]
     g = tl.load(grad + wide_r * grad_stride + d[None, :], mask=mask, other=0.0)
     value = tl.load(x + wide_r * x_stride + d[None, :], mask=mask, other=0.0)
     return g, value, tl.load(inverse + r, mask=r < R, other=0.0)
@@ -49,17 +52,16 @@ def _backward_kernel(
     grad, x, weight, inverse, grad_x, parts, R, grad_stride, x_stride,
     D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Programs take every so manieth block of rows, and ask for the next before they compute with one."""
+    """A program takes blocks of rows, one for each program apart, and asks for the next before it computes with one."""
     d = tl.arange(0, WIDTH)
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) * ROWS
-    g, value, scale = _rows_of(grad, x, inverse, r, R, grad_stride, x_stride, D, WIDTH)
-    while first < R:
+    g, value, scale = _rows_from(first, grad, x, inverse, R, grad_stride, x_stride, D, ROWS, WIDTH)
+    while first < R:  # the interpreter takes no such numbers for a range
+        r = first + tl.arange(0, ROWS)
         first += tl.num_programs(0) * ROWS
-        next_r = first + tl.arange(0, ROWS)
-        next_g, next_value, next_scale = _rows_of(grad, x, inverse, next_r, R, grad_stride, x_stride, D, WIDTH)
+        following = _rows_from(first, grad, x, inverse, R, grad_stride, x_stride, D, ROWS, WIDTH)
         scale = scale[:, None]
         n, g = value.to(tl.float32) * scale, g.to(tl.float32)
         sums += g * n
@@ -68,7 +70,7 @@ def _backward_kernel(
         into = grad_x + r.to(tl.int64)[:, None] * D + d[None, :]
         back = ((g - n * along) * scale).to(grad_x.dtype.element_ty)
         tl.store(into, back, mask=(r < R)[:, None] & (d < D)[None, :])
-        r, g, value, scale = next_r, next_g, next_value, next_scale
+        g, value, scale = following
     tl.store(parts + tl.program_id(0).to(tl.int64) * D + d, tl.sum(sums, 0), mask=d < D)
 
 
@@ -108,7 +110,7 @@ def rms_norm_backward_triton(grad: Tensor, x: Tensor, weight: Tensor, inverse: T
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """`x` and how far its rows lie apart, copied only if they are not dense or lie at irregular distances."""
     axes = [(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    even = all(step == size * inner for (_, step), (size, inner) in zip(axes, axes[1:], strict=False))
+    even = all(step == size * inner for (_, step), (size, inner) in itertools.pairwise(axes))
     if not even or (x.stride(-1) != 1 and x.shape[-1] > 1):
         return x.contiguous(), x.shape[-1]
     return x, axes[-1][1] if axes else x.shape[-1]

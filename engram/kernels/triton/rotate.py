@@ -92,7 +92,7 @@ def _norm_backward_kernel(
     grad_batch, grad_token, grad_head, x_batch, x_token, x_head,
     H: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Programs take every so manieth block of heads, and ask for the next before they compute with one."""
+    """A program takes blocks of heads, one for each program apart, and asks for the next before it computes with one."""
     w1, w2 = _weights(weight, HALF, WIDTH)
     sums1 = tl.zeros([ROWS, WIDTH], tl.float32)
     sums2 = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -100,13 +100,16 @@ def _norm_backward_kernel(
     r = start + tl.arange(0, ROWS)
     g1, g2 = _halves(grad, r, R, T, grad_batch, grad_token, grad_head, H, HALF, WIDTH)
     x1, x2 = _halves(x, r, R, T, x_batch, x_token, x_head, H, HALF, WIDTH)
-    while start < R:
+    scale = tl.load(inverse + r, mask=r < R, other=0.0)
+    while start < R:  # the interpreter takes no such numbers for a range
+        r = start + tl.arange(0, ROWS)
+        turn, lift = _angles(cos, sin, r, R, T, H, HALF, WIDTH)
         start += tl.num_programs(0) * ROWS
         next_r = start + tl.arange(0, ROWS)
-        turn, lift = _angles(cos, sin, r, R, T, H, HALF, WIDTH)
-        scale = tl.load(inverse + r, mask=r < R, other=0.0)[:, None]
-        next_g1, next_g2 = _halves(grad, next_r, R, T, grad_batch, grad_token, grad_head, H, HALF, WIDTH)
-        next_x1, next_x2 = _halves(x, next_r, R, T, x_batch, x_token, x_head, H, HALF, WIDTH)
+        next_g = _halves(grad, next_r, R, T, grad_batch, grad_token, grad_head, H, HALF, WIDTH)
+        next_x = _halves(x, next_r, R, T, x_batch, x_token, x_head, H, HALF, WIDTH)
+        next_scale = tl.load(inverse + next_r, mask=next_r < R, other=0.0)
+        scale = scale[:, None]
         n1, n2, g1, g2 = x1.to(tl.float32) * scale, x2.to(tl.float32) * scale, g1.to(tl.float32), g2.to(tl.float32)
         back1, back2 = g1 * turn + g2 * lift, g2 * turn - g1 * lift
         sums1 += back1 * n1
@@ -115,7 +118,9 @@ def _norm_backward_kernel(
         back2 *= w2
         along = tl.sum(back1 * n1 + back2 * n2, 1)[:, None] / (2 * HALF)
         _store_halves(grad_x, (back1 - n1 * along) * scale, (back2 - n2 * along) * scale, r, R, HALF, WIDTH)
-        r, g1, g2, x1, x2 = next_r, next_g1, next_g2, next_x1, next_x2
+        g1, g2 = next_g
+        x1, x2 = next_x
+        scale = next_scale
     d = tl.arange(0, WIDTH)
     into = parts + tl.program_id(0).to(tl.int64) * (2 * HALF) + d
     tl.store(into, tl.sum(sums1, 0), mask=d < HALF)
@@ -155,7 +160,7 @@ def norm_rotate_backward_triton(
         )  # fmt: skip
         return grad_x, x.new_empty(0, dtype=torch.float32)
     x, x_strides = _heads(x)
-    rows = Rows.of(R, c // 2, 8, 8)
+    rows = Rows.of(R, c // 2, 8, 4)
     programs = rows.resident(x.device)
     parts = x.new_empty(programs, c, dtype=torch.float32)
     _norm_backward_kernel[(programs,)](
