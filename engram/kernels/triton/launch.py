@@ -93,8 +93,13 @@ class Rows(NamedTuple):
         rows = max(warps * 32 * each // width, 1)
         return cls(rows, width, warps, ceil_div(R, rows))
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, when 16 warps run on a processor, or 32 of one program."""
+        return 128 if self.warps <= 16 else 64
+
     def resident(self, device: torch.device) -> int:
-        """Programs that run at once with 128 registers a thread, if there are blocks for so many."""
+        """Programs that run at once with so many, if there are blocks for them."""
         return min(self.blocks, machine(device).processors * max(16 // self.warps, 1))
 
 

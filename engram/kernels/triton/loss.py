@@ -1,7 +1,7 @@
 """`cross_entropy_` for CUDA, in Triton (reference: engram/kernels/loss.py).
 
 A program takes a row of V logits, of which 2 V numbers must move. Up to 16384 it holds them; more it reads twice, in
-chunks, the last of them first when it writes, so that most come from a cache the second time.
+chunks, the latest of them first when it writes, so that most come from a cache the second time.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -24,15 +24,15 @@ _CACHED = 0.6  # of the L2 cache may be taken by rows that are to be read again
 
 
 @triton.jit
-def _chunk(row, v, V: tl.constexpr, EVEN: tl.constexpr):
+def _chunk(row, v, V: tl.constexpr, FULL: tl.constexpr):
     """Logits in units of log 2."""
-    there = tl.full(v.shape, True, tl.int1) if EVEN else v < V
+    there = tl.full(v.shape, True, tl.int1) if FULL else v < V
     return tl.load(row + v, mask=there, other=-float("inf")).to(tl.float32) * _LOG2_E
 
 
 @triton.jit
-def _write(row, v, x, log_sum, target, V: tl.constexpr, EVEN: tl.constexpr):
-    there = tl.full(v.shape, True, tl.int1) if EVEN else v < V
+def _write(row, v, x, log_sum, target, V: tl.constexpr, FULL: tl.constexpr):
+    there = tl.full(v.shape, True, tl.int1) if FULL else v < V
     p = tl.exp2(x - log_sum)
     tl.store(row + v, tl.where(v == target, p - 1.0, p).to(row.dtype.element_ty), mask=there)
 
@@ -58,23 +58,21 @@ def _kernel(
     row = logits + n * stride
     target = tl.load(targets + n).to(tl.int32)
     wanted = tl.load(row + target).to(tl.float32)
-    even: tl.constexpr = V % (DEEP * WIDTH) == 0
     # Columns lie in a thread each: threads need not meet before all chunks have been seen.
     v = tl.arange(0, DEEP)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    top = tl.full([WIDTH], _LOWEST, tl.float32)
-    total = tl.zeros([WIDTH], tl.float32)
-    if CHUNKS == 1:
-        x = _chunk(row, v, V, even)
-        top, total = _added(x, top, total)
-        log_sum = _log_sum(top, total)
-        _write(row, v, x, log_sum, target, V, even)
-    else:
-        for i in range(CHUNKS):
-            top, total = _added(_chunk(row, i * (DEEP * WIDTH) + v, V, even), top, total)
-        log_sum = _log_sum(top, total)
-        for i in range(CHUNKS):
-            at = (CHUNKS - 1 - i) * (DEEP * WIDTH) + v
-            _write(row, at, _chunk(row, at, V, even), log_sum, target, V, even)
+    last = (CHUNKS - 1) * (DEEP * WIDTH) + v
+    even: tl.constexpr = V % (DEEP * WIDTH) == 0
+    x = _chunk(row, last, V, even)
+    top, total = _added(x, tl.full([WIDTH], _LOWEST, tl.float32), tl.zeros([WIDTH], tl.float32))
+    for i in range(CHUNKS - 1):
+        top, total = _added(_chunk(row, i * (DEEP * WIDTH) + v, V, True), top, total)
+    log_sum = _log_sum(top, total)
+    for i in range(CHUNKS - 1):
+        at = (CHUNKS - 2 - i) * (DEEP * WIDTH) + v
+        _write(row, at, _chunk(row, at, V, True), log_sum, target, V, True)
+    if CHUNKS > 1:
+        x = _chunk(row, last, V, even)
+    _write(row, last, x, log_sum, target, V, even)
     tl.store(losses + n, log_sum / _LOG2_E - wanted)
 
 

@@ -102,7 +102,7 @@ def rms_norm_backward_triton(grad: Tensor, x: Tensor, weight: Tensor, inverse: T
     parts = x.new_empty(programs, D, dtype=torch.float32)
     _backward_kernel[(programs,)](
         grad, x, weight.contiguous(), inverse, grad_x, parts, R, grad_stride, x_stride,
-        D=D, ROWS=rows.rows, WIDTH=rows.width, num_warps=rows.warps, **at_most(2048 // rows.warps // 2),
+        D=D, ROWS=rows.rows, WIDTH=rows.width, num_warps=rows.warps, **at_most(rows.registers),
     )  # fmt: skip
     return grad_x, parts.sum(0).to(weight.dtype)
 

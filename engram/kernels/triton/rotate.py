@@ -92,7 +92,7 @@ def _norm_backward_kernel(
     grad_batch, grad_token, grad_head, x_batch, x_token, x_head,
     H: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A program takes blocks of heads, one for each program apart, and asks for the next before it computes with one."""
+    """A program takes blocks of heads, one for each program apart, and asks for the next before it turns one."""
     w1, w2 = _weights(weight, HALF, WIDTH)
     sums1 = tl.zeros([ROWS, WIDTH], tl.float32)
     sums2 = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -165,7 +165,7 @@ def norm_rotate_backward_triton(
     parts = x.new_empty(programs, c, dtype=torch.float32)
     _norm_backward_kernel[(programs,)](
         grad, x, weight.contiguous(), cos, sin, inverse, grad_x, parts, R, T, *grad_strides, *x_strides,
-        H=H, HALF=c // 2, ROWS=rows.rows, WIDTH=rows.width, num_warps=rows.warps, **at_most(2048 // rows.warps // 2),
+        H=H, HALF=c // 2, ROWS=rows.rows, WIDTH=rows.width, num_warps=rows.warps, **at_most(rows.registers),
     )  # fmt: skip
     return grad_x, parts.sum(0).to(weight.dtype)
 
