@@ -25,29 +25,22 @@ _CACHED = 0.6  # of the L2 cache may be taken by rows that are to be read again
 
 @triton.jit
 def _chunk(row, v, V: tl.constexpr, FULL: tl.constexpr):
-    """Logits in units of log 2."""
     there = tl.full(v.shape, True, tl.int1) if FULL else v < V
-    return tl.load(row + v, mask=there, other=-float("inf")).to(tl.float32) * _LOG2_E
-
-
-@triton.jit
-def _write(row, v, x, log_sum, target, V: tl.constexpr, FULL: tl.constexpr):
-    there = tl.full(v.shape, True, tl.int1) if FULL else v < V
-    p = tl.exp2(x - log_sum)
-    tl.store(row + v, tl.where(v == target, p - 1.0, p).to(row.dtype.element_ty), mask=there)
+    return tl.load(row + v, mask=there, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
 def _added(x, top, total):
-    """Maxima and sums of exponentials above them, one pair for each column of all chunks so far."""
+    """Maxima, and sums of exponentials below them, one pair for each column of all chunks so far."""
     more = tl.maximum(tl.max(x, 0), top)
-    return more, total * tl.exp2(top - more) + tl.sum(tl.exp2(x - more[None, :]), 0)
+    return more, total * tl.exp2((top - more) * _LOG2_E) + tl.sum(tl.exp2((x - more[None, :]) * _LOG2_E), 0)
 
 
 @triton.jit
-def _log_sum(top, total):
-    highest = tl.max(top, 0)
-    return highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
+def _write(row, v, x, top, log2_total, target, V: tl.constexpr, FULL: tl.constexpr):
+    there = tl.full(v.shape, True, tl.int1) if FULL else v < V
+    p = tl.exp2((x - top) * _LOG2_E - log2_total)
+    tl.store(row + v, tl.where(v == target, p - 1.0, p).to(row.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -66,14 +59,15 @@ def _kernel(
     top, total = _added(x, tl.full([WIDTH], _LOWEST, tl.float32), tl.zeros([WIDTH], tl.float32))
     for i in range(CHUNKS - 1):
         top, total = _added(_chunk(row, i * (DEEP * WIDTH) + v, V, True), top, total)
-    log_sum = _log_sum(top, total)
+    highest = tl.max(top, 0)
+    log2_total = tl.log2(tl.sum(total * tl.exp2((top - highest) * _LOG2_E), 0))
     for i in range(CHUNKS - 1):
         at = (CHUNKS - 2 - i) * (DEEP * WIDTH) + v
-        _write(row, at, _chunk(row, at, V, True), log_sum, target, V, True)
+        _write(row, at, _chunk(row, at, V, True), highest, log2_total, target, V, True)
     if CHUNKS > 1:
         x = _chunk(row, last, V, even)
-    _write(row, last, x, log_sum, target, V, even)
-    tl.store(losses + n, log_sum / _LOG2_E - wanted)
+    _write(row, last, x, highest, log2_total, target, V, even)
+    tl.store(losses + n, log2_total / _LOG2_E + (highest - wanted))
 
 
 def cross_entropy_triton_(logits: Tensor, targets: Tensor) -> Tensor:
@@ -81,8 +75,9 @@ def cross_entropy_triton_(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dtype == torch.float64 or not logits.numel() or logits.stride(1) != 1:
         return cross_entropy_reference_(logits, targets)
     N, V = logits.shape
-    warps = _warps(V, logits.element_size(), logits.device)
-    width = max(min(triton.next_power_of_2(V) // _DEEP, warps * 32 * 8), 16)
+    each = 8 if logits.stride(0) % 8 == 0 else 4  # numbers of rows that are not aligned each take a load of their own
+    warps = _warps(V, each, logits.element_size(), logits.device)
+    width = max(min(triton.next_power_of_2(V) // _DEEP, warps * 32 * each), 16)
     losses = logits.new_empty(N, dtype=torch.float32)
     _kernel[(N,)](
         logits, targets.contiguous(), losses, logits.stride(0),
@@ -91,11 +86,12 @@ def cross_entropy_triton_(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-def _warps(V: int, element_size: int, device: torch.device) -> int:
-    """Of a program, of which 32 / warps run on a processor: as few as hold a row of at most 16384 logits, or leave all
+def _warps(V: int, each: int, element_size: int, device: torch.device) -> int:
+    """Warps of a program, of which 32 run on a processor: as few as hold a row, or where 16 can't, as few as leave all
     rows that are under way together in a part of the L2 cache."""
-    if V <= 16 * 32 * 8 * _DEEP:
-        return max(triton.next_power_of_2(V) // (32 * 8 * _DEEP), 1)
+    threads = triton.next_power_of_2(V) // (each * _DEEP)
+    if threads <= 512:
+        return max(threads // 32, 1)
     processors, cache = machine(device)
     warps = 8
     while warps < 32 and 32 // warps * processors * V * element_size > _CACHED * cache:

@@ -18,13 +18,19 @@ from engram.kernels.triton.rotate import norm_rotate_backward_triton, norm_rotat
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}
 ROUNDED = {"rtol": 2**-7, "atol": 2e-2}
-TYPES = [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2, (torch.float64,) * 2]
+TYPES = [
+    (torch.float16, torch.float32),
+    (torch.float32,) * 2,
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16,) * 2,
+    (torch.float64,) * 2,
+]
 
 
 def assert_same(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> None:
     for x, y in zip(ours, theirs, strict=True):
         assert x.is_contiguous()
-        torch.testing.assert_close(x, y, **(ROUNDED if dtype == torch.bfloat16 else EXACT))
+        torch.testing.assert_close(x, y, **(ROUNDED if dtype.itemsize == 2 else EXACT))
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 64), (40, 300), (3, 5000), (1, 1), (0, 16), (7, 2, 3, 33)])
@@ -79,7 +85,7 @@ def test_heads_that_are_not_dense_are_turned(device: torch.device) -> None:
     assert_same(norm_rotate_backward_triton(*back), norm_rotate_backward_reference(*back), x.dtype)
 
 
-@pytest.mark.parametrize(("N", "V"), [(5, 300), (2, 2048), (2, 20000), (1, 32768), (3, 1), (0, 7)])
+@pytest.mark.parametrize(("N", "V"), [(5, 300), (2, 2048), (2, 20001), (1, 32768), (3, 1), (0, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("spread", [1.0, 300.0])
 def test_cross_entropy_follows_its_reference(
@@ -89,8 +95,9 @@ def test_cross_entropy_follows_its_reference(
     ours, theirs = buffer[:, :V], buffer[:, :V].clone()
     beside, targets = buffer[:, V:].clone(), torch.randint(V, (N,)).to(device)
     losses, expected = cross_entropy_triton_(ours, targets), cross_entropy_reference_(theirs, targets)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(ours, theirs, **({"rtol": 2**-7, "atol": 1e-30} if dtype == torch.bfloat16 else EXACT))
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(ours, theirs, rtol=rounding, atol=1e-6 * spread)  # float32 holds 300 to about 1e-5
     assert buffer[:, V:].equal(beside)
 
 
@@ -99,3 +106,21 @@ def test_logits_in_columns_are_turned_into_their_gradient(device: torch.device) 
     expected = logits.clone()
     torch.testing.assert_close(cross_entropy_triton_(logits, targets), cross_entropy_reference_(expected, targets))
     torch.testing.assert_close(logits, expected)
+
+
+def test_logits_of_minus_infinity_have_no_share(device: torch.device) -> None:
+    logits, targets = torch.randn(3, 2000).to(device), torch.tensor([5, 1500, 1999]).to(device)
+    logits[:, 6:1500] = -torch.inf
+    expected = logits.clone()
+    torch.testing.assert_close(cross_entropy_triton_(logits, targets), cross_entropy_reference_(expected, targets))
+    torch.testing.assert_close(logits, expected, **EXACT)
+    assert not logits[:, 6:1500].any()
+
+
+def test_gradients_of_weights_are_the_same_to_the_bit_each_time(device: torch.device) -> None:
+    x, grad, w = torch.randn(500, 64).to(device), torch.randn(500, 64).to(device), torch.ones(64).to(device)
+    back = grad, x, w, rms_norm_triton(x, w, 1e-6)[1]
+    heads = grad.view(1, 50, 10, 64), x.view(1, 50, 10, 64), w, *torch.rand(2, 50, 32).to(device), back[3]
+    for call, arguments in ((rms_norm_backward_triton, back), (norm_rotate_backward_triton, heads)):
+        first = call(*arguments)[1]
+        assert all(call(*arguments)[1].equal(first) for _ in range(3))
