@@ -19,7 +19,7 @@ import torch
 from harness import alternate_on_gpu, copy_rate, gpu_hardware, store
 from torch import Tensor
 
-from engram.kernels import fusion, hashing, rows
+from engram.kernels import fusion, hashing, loss, norm, rows
 from engram.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
 HIDDEN = (2560, 4096)
@@ -29,6 +29,8 @@ TAPS, DILATION, EPS = 4, 3, 1e-5
 ORDERS, HEADS = [2, 3], 16
 TABLE_ROWS = 2_000_000
 EXPERTS_PER_TOKEN, EXPERT_WIDTH = 8, 768
+HEAD_WIDTH, BESIDE = 128, 8  # channels of a query head; heads of keys and values that lie beside a token's queries
+CHUNK_LOGITS = 2**26  # as in the loss of a model
 SEQUENCE = 4096
 COMPILE_LIMIT = 64
 BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
@@ -194,6 +196,50 @@ def swiglu_cases(D: int, N: int) -> Iterator[Case]:
     yield Case("SwiGLU, backward", D, N, least, least, **made, tile="-")
 
 
+def norm_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.norm import rms_norm_backward_triton, rms_norm_triton
+
+    x, grad, weight = torch.randn(N, D, **BF16), torch.randn(N, D, **BF16), torch.randn(D, device="cuda")
+    least = N * (4 * D + 4)
+    made = sides(rms_norm_triton, norm.rms_norm_reference, [x, weight, EPS])
+    yield Case("RMSNorm, forward", D, N, least, least, **made, tile="-")
+    arguments = [grad, x, weight, rms_norm_triton(x, weight, EPS)[1]]
+    least = N * (6 * D + 4)
+    made = sides(rms_norm_backward_triton, norm.rms_norm_backward_reference, arguments)
+    yield Case("RMSNorm, backward", D, N, least, least, **made, tile="-")
+
+
+def rotate_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.rotate import norm_rotate_backward_triton, norm_rotate_triton
+
+    H, shape = D // HEAD_WIDTH, (N // SEQUENCE, SEQUENCE)
+    x = torch.randn(*shape, H + BESIDE, HEAD_WIDTH, **BF16)[:, :, :H]
+    grad, weight = torch.randn(*shape, H, HEAD_WIDTH, **BF16), torch.randn(HEAD_WIDTH, device="cuda")
+    angles = 100 * torch.rand(SEQUENCE, HEAD_WIDTH // 2, device="cuda")
+    inputs, both = [x, weight, angles.cos(), angles.sin()], 8 * angles.numel()
+    least = N * H * (4 * HEAD_WIDTH + 4) + both
+    made = sides(norm_rotate_triton, norm.norm_rotate_reference, [*inputs, EPS])
+    yield Case("norm + rotate, forward", D, N, least, least, **made, tile="-")
+    arguments = [grad, *inputs, norm_rotate_triton(*inputs, EPS)[1]]
+    least = N * H * (6 * HEAD_WIDTH + 4) + both
+    made = sides(norm_rotate_backward_triton, norm.norm_rotate_backward_reference, arguments)
+    yield Case("norm + rotate, backward", D, N, least, least, **made, tile="-")
+
+
+def loss_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.loss import cross_entropy_triton_
+
+    V = 32768 if D < 4096 else 151936
+    chunk = min(N, CHUNK_LOGITS // V)
+    logits, targets = torch.randn(chunk, V, **BF16), torch.randint(V, (chunk,), device="cuda")
+    least = chunk * (4 * V + 12)
+    made = sides(cross_entropy_triton_, loss.cross_entropy_reference_, [logits, targets])
+    yield Case(f"cross-entropy of {V}", D, chunk, least, least, **made, tile="-", checked=False)
+
+
+CASES = (hash_cases, fusion_cases, row_cases, swiglu_cases, norm_cases, rotate_cases, loss_cases)
+
+
 # the table
 
 
@@ -307,7 +353,7 @@ def main() -> None:
     results = []
     for D in arguments.hidden:
         for N in arguments.tokens[:1] if arguments.quick else arguments.tokens:
-            for cases in (hash_cases, fusion_cases, row_cases, swiglu_cases):
+            for cases in CASES:
                 chosen = (case for case in cases(D, N) if arguments.only in case.kernel)
                 if arguments.no_compile:
                     chosen = (case._replace(compiled="-") for case in chosen)

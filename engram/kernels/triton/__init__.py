@@ -39,6 +39,9 @@ def _register() -> None:
         grouped_swiglu,
         hashing,
         layout,
+        loss,
+        norm,
+        rotate,
         router_logits,
         routing,
         rows,
@@ -70,6 +73,11 @@ def _register() -> None:
         "grouped_swiglu_backward": grouped_swiglu.grouped_swiglu_backward_triton,
         "swiglu": swiglu.swiglu_triton,
         "swiglu_backward": swiglu.swiglu_backward_triton,
+        "rms_norm": norm.rms_norm_triton,
+        "rms_norm_backward": norm.rms_norm_backward_triton,
+        "norm_rotate": rotate.norm_rotate_triton,
+        "norm_rotate_backward": rotate.norm_rotate_backward_triton,
+        "cross_entropy_": loss.cross_entropy_triton_,
     }
     for name, kernel in kernels.items():
         LIBRARY.impl(name, _on_its_device(kernel), "CUDA")

@@ -22,7 +22,10 @@ from engram.kernels.triton import (  # noqa: E402
     fusion_forward,
     hashing,
     layout,
+    loss,
+    norm,
     register,
+    rotate,
     routing,
     rows,
     sinkhorn,
@@ -56,7 +59,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         fixed = {p.name for p in self.params if p.is_constexpr} | {name for name, x in given.items() if x is None}
         signature = {n: "constexpr" if n in fixed else type_of(given[n]) for n in self.arg_names}
         places = {name: (i,) for i, name in enumerate(self.arg_names)}
-        aligned = {places[n]: [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*"}
+        told = {p.name for p in self.params if not p.do_not_specialize and isinstance(given[p.name], int)}
+        known = {n for n, t in signature.items() if t[0] == "*" or (t[0] == "i" and n in told and given[n] % 16 == 0)}
+        aligned = {places[n]: [["tt.divisibility", 16]] for n in known}
         source = ASTSource(self, signature, {places[n]: given[n] for n in fixed}, aligned)
         kernels.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
 
@@ -152,6 +157,35 @@ def test_spreading(D: int, K: int, dtype: torch.dtype, compiled: list[Any]) -> N
     assert len(compiled) == 2
 
 
+@pytest.mark.parametrize("D", [2048, 2560, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(D: int, dtype: torch.dtype, compiled: list[Any]) -> None:
+    x, weight = torch.randn(5, D).to(dtype), torch.ones(D)
+    y, inverse = norm.rms_norm_triton(x, weight, 1e-6)
+    norm.rms_norm_backward_triton(y, x, weight, inverse)
+    assert len(compiled) == 2
+    assert all(kernel.asm["cubin"] for kernel in compiled)
+
+
+@pytest.mark.parametrize("c", [128, 64, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turned_heads(c: int, dtype: torch.dtype, compiled: list[Any]) -> None:
+    x, cos, sin = torch.randn(2, 5, 7, c).to(dtype)[:, :, 1:5], torch.ones(5, c // 2), torch.zeros(5, c // 2)
+    for weight in (torch.ones(c), None):
+        y, inverse = rotate.norm_rotate_triton(x, weight, cos, sin, 1e-6)
+        rotate.norm_rotate_backward_triton(y, x, weight, cos, sin, inverse)
+    assert len(compiled) == 4
+    assert all(kernel.asm["cubin"] for kernel in compiled)
+
+
+@pytest.mark.parametrize("V", [2048, 32768, 50257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy(V: int, dtype: torch.dtype, compiled: list[Any]) -> None:
+    loss.cross_entropy_triton_(torch.randn(2, V).to(dtype), torch.zeros(2, dtype=torch.int64))
+    assert len(compiled) == 1
+    assert all(kernel.asm["cubin"] for kernel in compiled)
+
+
 @pytest.mark.parametrize(("M", "stream"), [(4, torch.float32), (3, torch.bfloat16)])
 def test_hyper_connections(M: int, stream: torch.dtype, compiled: list[Any]) -> None:
     logits, weights = torch.randn(5, M, M), torch.rand(5, M)
@@ -173,9 +207,11 @@ def test_hyper_connections(M: int, stream: torch.dtype, compiled: list[Any]) -> 
         "row_adam_",
         "pick_rows",
         "swiglu_backward",
-        "route",
-        "lay_out_rows",
         "grouped_swiglu",
+        "lay_out_rows",
+        "norm_rotate",
+        "rms_norm",
+        "route",
     ],
 )
 def test_operators_have_a_kernel_for_cuda(name: str) -> None:
