@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,10 +102,12 @@ class Tokens:
         return Batch(x.requires_grad_(), experts, weights.requires_grad_(), torch.randn_like(x))
 
 
-def their_blocks(size: Size, ours: MoE) -> dict[str, OlmoeSparseMoeBlock]:
+def their_blocks(
+    size: Size, ours: MoE, implementations: Sequence[str] = IMPLEMENTATIONS
+) -> dict[str, OlmoeSparseMoeBlock]:
     """OLMoE's block on our weights, with each of transformers' ways to multiply."""
-    blocks = {}
-    for implementation in IMPLEMENTATIONS:
+    blocks: dict[str, OlmoeSparseMoeBlock] = {}
+    for implementation in implementations:
         config = OlmoeConfig(
             hidden_size=size.D,
             intermediate_size=size.F,
@@ -116,7 +118,7 @@ def their_blocks(size: Size, ours: MoE) -> dict[str, OlmoeSparseMoeBlock]:
         config._experts_implementation = implementation
         block = OlmoeSparseMoeBlock(config).to(size.dtype)
         if blocks:  # one set of weights for all three
-            block.load_state_dict(blocks["eager"].state_dict(), assign=True)
+            block.load_state_dict(next(iter(blocks.values())).state_dict(), assign=True)
         else:
             with torch.no_grad():
                 block.gate.weight.copy_(ours.router.weight)
@@ -128,7 +130,8 @@ def their_blocks(size: Size, ours: MoE) -> dict[str, OlmoeSparseMoeBlock]:
 
 def our_experts(moe: MoE, batch: Batch) -> Tensor:
     """Ours, which wants the loads too; the others count for themselves."""
-    load_E = torch.bincount(batch.experts_NK.flatten(), minlength=moe.config.n_experts)
+    chosen = batch.experts_NK.flatten()  # counted by a scatter, as the router does: bincount waits for a GPU
+    load_E = chosen.new_zeros(moe.config.n_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
     return grouped_swiglu(
         batch.x_ND, batch.experts_NK, batch.weights_NK, load_E, moe.experts.w_gate_up, moe.experts.w_down
     )

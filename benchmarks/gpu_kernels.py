@@ -10,17 +10,17 @@ moves beyond the least (a second pass, a halo) lower its rate: `moved` says how 
 from __future__ import annotations
 
 import argparse
-import importlib
-import statistics
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from harness import hardware, store
+from harness import alternate_on_gpu, copy_rate, gpu_hardware, store
 from torch import Tensor
 
-from engram.kernels import fusion, hashing, rows, swiglu
+from engram.kernels import fusion, hashing, loss, norm, rows
+from engram.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
 HIDDEN = (2560, 4096)
 TOKENS = (4096, 8192, 16384, 32768)
@@ -29,10 +29,10 @@ TAPS, DILATION, EPS = 4, 3, 1e-5
 ORDERS, HEADS = [2, 3], 16
 TABLE_ROWS = 2_000_000
 EXPERTS_PER_TOKEN, EXPERT_WIDTH = 8, 768
+HEAD_WIDTH, BESIDE = 128, 8  # channels of a query head; heads of keys and values that lie beside a token's queries
+CHUNK_LOGITS = 2**26  # as in the loss of a model
 SEQUENCE = 4096
-ROUNDS = 20
 COMPILE_LIMIT = 64
-PAUSE = 2_000_000  # cycles, about a millisecond
 BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
 
 Call = Callable[[], Any]
@@ -48,7 +48,7 @@ class Case(NamedTuple):
     moved: int
     ours: Call
     eager: Call
-    compiled: Call
+    compiled: Call | str
     tile: Call | str
     checked: bool = True
 
@@ -188,60 +188,59 @@ def swiglu_cases(D: int, N: int) -> Iterator[Case]:
 
     P, F = N * EXPERTS_PER_TOKEN, EXPERT_WIDTH
     x, g, w = torch.randn(P, 2 * F, **BF16), torch.randn(P, F, **BF16), torch.rand(P, device="cuda")
-    made = sides(swiglu_triton, swiglu.swiglu_reference, [x, w])
+    made = sides(swiglu_triton, swiglu_reference, [x, w])
     least = P * (6 * F + 4)
     yield Case("SwiGLU, forward", D, N, least, least, **made, tile="-")
-    made = sides(swiglu_backward_triton, swiglu.swiglu_backward_reference, [g, x, w])
+    made = sides(swiglu_backward_triton, swiglu_backward_reference, [g, x, w])
     least = P * (10 * F + 8)
     yield Case("SwiGLU, backward", D, N, least, least, **made, tile="-")
 
 
-# timing
+def norm_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.norm import rms_norm_backward_triton, rms_norm_triton
+
+    x, grad, weight = torch.randn(N, D, **BF16), torch.randn(N, D, **BF16), torch.randn(D, device="cuda")
+    least = N * (4 * D + 4)
+    made = sides(rms_norm_triton, norm.rms_norm_reference, [x, weight, EPS])
+    yield Case("RMSNorm, forward", D, N, least, least, **made, tile="-")
+    arguments = [grad, x, weight, rms_norm_triton(x, weight, EPS)[1]]
+    least = N * (6 * D + 4)
+    made = sides(rms_norm_backward_triton, norm.rms_norm_backward_reference, arguments)
+    yield Case("RMSNorm, backward", D, N, least, least, **made, tile="-")
 
 
-def alternate(calls: dict[str, Call | str], rounds: int) -> dict[str, float | str]:
-    """Median seconds of each side's call on the device, sides in turn, each with a cold L2 cache."""
-    result: dict[str, float | str] = {}
-    running: dict[str, Call] = {}
-    for name, call in calls.items():
-        if isinstance(call, str):
-            result[name] = call
-            continue
-        try:
-            for _ in range(3):
-                call()
-            torch.cuda.synchronize()
-            running[name] = call
-        except torch.OutOfMemoryError:
-            result[name] = "out of memory"
-        except Exception as error:  # a peer that fails is told of, and the others go on
-            if name == "ours":
-                raise
-            result[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
-        torch.cuda.empty_cache()
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
-        for name, call in running.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            torch.cuda._sleep(PAUSE)
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) / 1e3)
-    result |= {name: statistics.median(values) for name, values in times.items()}
-    return {name: result[name] for name in calls}
+def rotate_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.rotate import norm_rotate_backward_triton, norm_rotate_triton
+
+    H, shape = D // HEAD_WIDTH, (N // SEQUENCE, SEQUENCE)
+    x = torch.randn(*shape, H + BESIDE, HEAD_WIDTH, **BF16)[:, :, :H]
+    grad, weight = torch.randn(*shape, H, HEAD_WIDTH, **BF16), torch.randn(HEAD_WIDTH, device="cuda")
+    angles = 100 * torch.rand(SEQUENCE, HEAD_WIDTH // 2, device="cuda")
+    inputs, both = [x, weight, angles.cos(), angles.sin()], 8 * angles.numel()
+    least = N * H * (4 * HEAD_WIDTH + 4) + both
+    made = sides(norm_rotate_triton, norm.norm_rotate_reference, [*inputs, EPS])
+    yield Case("norm + rotate, forward", D, N, least, least, **made, tile="-")
+    arguments = [grad, *inputs, norm_rotate_triton(*inputs, EPS)[1]]
+    least = N * H * (6 * HEAD_WIDTH + 4) + both
+    made = sides(norm_rotate_backward_triton, norm.norm_rotate_backward_reference, arguments)
+    yield Case("norm + rotate, backward", D, N, least, least, **made, tile="-")
 
 
-def copy_rate() -> float:
-    """Bytes read and written in a second by a copy of 2 GiB."""
-    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    seconds = alternate({"copy": lambda: target.copy_(source)}, ROUNDS)["copy"]
-    assert isinstance(seconds, float)
-    return 2 * source.numel() / seconds
+def loss_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.loss import cross_entropy_triton_
+
+    V = 32768 if D < 4096 else 151936
+    chunk = min(N, CHUNK_LOGITS // V)
+    logits, targets = torch.randn(chunk, V, **BF16), torch.randint(V, (chunk,), device="cuda")
+    least = chunk * (4 * V + 12)
+    made = sides(cross_entropy_triton_, loss.cross_entropy_reference_, [logits, targets])
+    yield Case(f"cross-entropy of {V}", D, chunk, least, least, **made, tile="-", checked=False)
+
+
+CASES = (hash_cases, fusion_cases, row_cases, swiglu_cases, norm_cases, rotate_cases, loss_cases)
+
+
+# the table
 
 
 def difference(case: Case) -> float | str:
@@ -257,9 +256,6 @@ def difference(case: Case) -> float | str:
         ((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30)).item() for x, y in pairs if y.numel()
     ]
     return max(errors)
-
-
-# the table
 
 
 COLUMNS = (
@@ -292,7 +288,7 @@ def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
         "compiled": case.compiled,
         "tile": case.tile,
     }
-    seconds = alternate(calls, rounds)
+    seconds = alternate_on_gpu(calls, rounds)
     ours = seconds["ours"]
     assert isinstance(ours, float)
     reached = case.least / ours
@@ -332,30 +328,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewest tokens and few rounds")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out the compiled references, which take a while"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device here: the Triton kernels cannot be timed")
         return
-    try:
-        import triton
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:
         print("Triton is not installed: there are no kernels to time")
         return
     torch.manual_seed(0)
     torch._dynamo.config.cache_size_limit = COMPILE_LIMIT
     rate = copy_rate()
-    device = torch.cuda.get_device_properties(0)
-    machine = {**hardware(), "gpu": device.name, "gpu_memory": device.total_memory, "triton": triton.__version__}
-    print(f"{device.name}: a copy moves {rate / 1e9:.0f} GB/s. M = {BRANCHES}, bfloat16; peers: their time over ours")
+    machine = gpu_hardware()
+    print(
+        f"{machine['gpu']}: a copy moves {rate / 1e9:.0f} GB/s. M = {BRANCHES}, bfloat16; peers: their time over ours"
+    )
     tile = peer("engram")
     print(tile if isinstance(tile, str) else "tile-kernels imports", file=sys.stderr)
     print(line(COLUMNS))
     results = []
-    for D in HIDDEN:
-        for N in TOKENS[:1] if arguments.quick else TOKENS:
-            for cases in (hash_cases, fusion_cases, row_cases, swiglu_cases):
+    for D in arguments.hidden:
+        for N in arguments.tokens[:1] if arguments.quick else arguments.tokens:
+            for cases in CASES:
                 chosen = (case for case in cases(D, N) if arguments.only in case.kernel)
-                results += [measure(case, rate, ROUNDS // 4 if arguments.quick else ROUNDS) for case in chosen]
+                if arguments.no_compile:
+                    chosen = (case._replace(compiled="-") for case in chosen)
+                results += [measure(case, rate, 5 if arguments.quick else 20) for case in chosen]
                 torch.cuda.empty_cache()
     for name in dict.fromkeys(row["kernel"] for row in results):
         parts = [row["of_copy_rate"] for row in results if row["kernel"] == name]

@@ -94,6 +94,81 @@ def _seconds(side: Side, inputs: Sequence[Any]) -> float:
     return (time.perf_counter() - start) / len(inputs)
 
 
+# on a CUDA device
+
+
+Call = Callable[[], object]
+GPU_ROUNDS = 20
+PAUSE = 2_000_000  # cycles, about a millisecond
+
+
+def gpu_hardware() -> dict[str, str | int | float]:
+    """As `hardware`, with the device and the Triton."""
+    import triton
+
+    device = torch.cuda.get_device_properties(0)
+    return {**hardware(), "gpu": device.name, "gpu_memory": device.total_memory, "triton": triton.__version__}
+
+
+def alternate_on_gpu(
+    calls: Mapping[str, Call | str], rounds: int = GPU_ROUNDS, ours: str = "ours"
+) -> dict[str, Measured]:
+    """Median seconds of each side's call on the device, in turn, each with a cold L2 cache and its launches queued
+    behind a pause, so that the host's time does not count.
+
+    A side given as a string has no time but that reason, as has a peer that fails; `ours` must not.
+    """
+    result: dict[str, Measured] = {}
+    running: dict[str, Call] = {}
+    for name, call in calls.items():
+        if isinstance(call, str):
+            result[name] = call
+            continue
+        try:
+            for _ in range(3):
+                call()
+            torch.cuda.synchronize()
+            running[name] = call
+        except torch.OutOfMemoryError:
+            result[name] = "out of memory"
+        except Exception as error:  # a peer that fails is told of, and the others go on
+            if name == ours:
+                raise
+            result[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+        torch.cuda.empty_cache()
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, call in running.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda._sleep(PAUSE)
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) / 1e3)
+    result |= {name: statistics.median(values) for name, values in times.items()}
+    return {name: result[name] for name in calls}
+
+
+def copy_rate() -> float:
+    """Bytes that a copy of 2 GiB on the device reads and writes in a second."""
+    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = alternate_on_gpu({"ours": lambda: target.copy_(source)})["ours"]
+    assert isinstance(seconds, float)
+    return 2 * source.numel() / seconds
+
+
+def dense_rate() -> float:
+    """FLOPs a second of a bfloat16 product of 8192 x 8192 random matrices on the device."""
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    seconds = alternate_on_gpu({"ours": lambda: a @ b})["ours"]
+    assert isinstance(seconds, float)
+    return 2 * 8192**3 / seconds
+
+
 class Table:
     """Prints a line for each case as it is measured: its sizes, our milliseconds, and each peer's time over ours.
 

@@ -70,7 +70,7 @@ class MemoryTable(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Rows `[..., H]` (int64 indices) -> their values `[..., H, width]`."""
         learns = torch.is_grad_enabled() and self.weight.requires_grad
-        if learns and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if learns and torch.compiler.is_dynamo_compiling():
             return _read_rows(self.weight, rows, self._anchor, self._number)
         return _Read.apply(self.weight, rows) if learns else gather_rows(self.weight, rows)
 
@@ -154,7 +154,9 @@ def concatenated(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     device = values.device.type
     # Autocast makes of all types the one it computes in; a wider one in between would be written for nothing.
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Compilers meet devices that have autocast alone; torch 2.11's can't trace the question.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    autocast = known and torch.is_autocast_enabled(device)
     return values.flatten(-2).to(values.dtype if autocast else dtype)
 
 

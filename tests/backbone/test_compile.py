@@ -39,9 +39,14 @@ def gradients(m: EngramLM) -> dict[str, Tensor]:
     return found
 
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+
+
 @pytest.mark.parametrize("branches", [1, 4])
-def test_one_compiled_graph_serves_every_length_and_routing(branches: int) -> None:
-    m = model(branches)
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_compiled_graph_serves_every_length_and_routing(device: str, branches: int) -> None:
+    m = model(branches).to(device)
 
     def loss_of(ids: Tensor, documents: Tensor, targets: Tensor) -> Tensor:
         return mean_loss(m.run(ids, documents).hidden, m.head_weight, targets)
@@ -51,8 +56,8 @@ def test_one_compiled_graph_serves_every_length_and_routing(branches: int) -> No
     before = graphs["unique_graphs"]
     compiled = torch.compile(loss_of, fullgraph=True, dynamic=True)
     for T in (24, 24, 17, 64, 9):
-        ids, targets = torch.randint(0, V, (2, 3, T))
-        documents = (torch.rand(3, T) < 0.1).long().cumsum(1)
+        ids, targets = torch.randint(0, V, (2, 3, T), device=device)
+        documents = (torch.rand(3, T, device=device) < 0.1).long().cumsum(1)
         results = []
         for compute in (compiled, loss_of):
             loss = compute(ids, documents, targets)
@@ -63,6 +68,33 @@ def test_one_compiled_graph_serves_every_length_and_routing(branches: int) -> No
         for name in wanted:
             torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6, msg=lambda s, n=name: f"{n}: {s}")
     assert graphs["unique_graphs"] - before == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("branches", [1, 4])
+def test_compiled_and_eager_losses_agree_under_autocast_on_a_gpu(branches: int) -> None:
+    m = model(branches).cuda()
+
+    def loss_of(ids: Tensor, documents: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return mean_loss(m.run(ids, documents).hidden, m.head_weight, targets)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True)
+    for T in (24, 64, 9):
+        ids, targets = torch.randint(0, V, (2, 3, T), device="cuda")
+        documents = (torch.rand(3, T, device="cuda") < 0.1).long().cumsum(1)
+        results = []
+        for compute in (compiled, loss_of):
+            loss = compute(ids, documents, targets)
+            loss.backward()
+            results.append((loss.detach(), gradients(m)))
+        (loss, got), (expected, wanted) = results
+        torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+        for name in wanted:
+            size = wanted[name].norm()
+            assert (got[name] - wanted[name]).norm() <= 0.05 * size + 1e-6, name
 
 
 def test_two_equal_readings_of_a_table_both_count() -> None:
