@@ -146,6 +146,8 @@ def main() -> None:
     prepare_process()
     torch.manual_seed(0)
     device = torch.device(arguments.device)
+    if arguments.replay and device.type != "cuda":
+        parser.error("--replay needs --device cuda")
     name = arguments.scale or ("h200" if device.type == "cuda" else "cpu")
     scale = SCALES[name]
     scale = replace(scale, rounds=arguments.rounds or scale.rounds, n_prompts=arguments.prompts or scale.n_prompts)
