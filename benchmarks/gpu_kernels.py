@@ -3,7 +3,8 @@
 Peers are each kernel's reference in plain torch, the same under `torch.compile`, and `tile-kernels` where it imports
 (it has the hash and the gate without convolution). Every call starts with a cold L2 cache, its launches queued behind a
 pause of the device, so that the host's time does not count; sides alternate, and the median counts. Bytes that a design
-moves beyond the least (a second pass, a halo) lower its rate: `moved` says how many times the least they are.
+moves beyond the least (a second pass, a halo) lower its rate: `moved` says how many times the least they are. The rate
+is that of a copy of 2 GiB; a copy of no more bytes than a kernel must move takes longer for each (`as large`).
 `python benchmarks/gpu_kernels.py`
 """
 
@@ -265,13 +266,14 @@ COLUMNS = (
     "ours us",
     "GB/s",
     "of copy",
+    "as large",
     "moved",
     "eager",
     "compiled",
     "tile-kernels",
     "differs",
 )
-WIDTHS = (27, 6, 6, 8, 6, 7, 6, 7, 8, 12, 8)
+WIDTHS = (27, 6, 6, 8, 6, 7, 8, 6, 7, 8, 12, 8)
 
 
 def line(cells: tuple[object, ...]) -> str:
@@ -282,15 +284,19 @@ def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
     """Measure a case, print its line and return what the line says."""
     differs = difference(case)
     torch.cuda.empty_cache()
+    source = torch.randint(0, 255, (case.least // 2,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
     calls: dict[str, Call | str] = {
         "ours": case.ours,
+        "copy": lambda: target.copy_(source),
         "eager": case.eager,
         "compiled": case.compiled,
         "tile": case.tile,
     }
     seconds = alternate_on_gpu(calls, rounds)
-    ours = seconds["ours"]
+    ours, copy = seconds["ours"], seconds.pop("copy")
     assert isinstance(ours, float)
+    assert isinstance(copy, float)
     reached = case.least / ours
     ratios = {name: s / ours if isinstance(s, float) else s for name, s in seconds.items() if name != "ours"}
     cells = [f"{r:.2f}x" if isinstance(r, float) else r for r in ratios.values()]
@@ -304,6 +310,7 @@ def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
                 f"{ours * 1e6:.1f}",
                 f"{reached / 1e9:.0f}",
                 f"{reached / rate:.1%}",
+                f"{copy / ours:.1%}",
                 f"{moved:.2f}x",
                 *cells,
                 f"{differs:.1e}" if isinstance(differs, float) else differs,
@@ -318,6 +325,7 @@ def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
         "least_bytes": case.least,
         "moved_over_least": moved,
         "of_copy_rate": reached / rate,
+        "of_copy_as_large": copy / ours,
         "seconds": seconds,
         "ratios": ratios,
         "differs": differs,
@@ -327,6 +335,7 @@ def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewest tokens and few rounds")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
@@ -357,7 +366,7 @@ def main() -> None:
                 chosen = (case for case in cases(D, N) if arguments.only in case.kernel)
                 if arguments.no_compile:
                     chosen = (case._replace(compiled="-") for case in chosen)
-                results += [measure(case, rate, 5 if arguments.quick else 20) for case in chosen]
+                results += [measure(case, rate, 5 if arguments.quick else arguments.rounds) for case in chosen]
                 torch.cuda.empty_cache()
     for name in dict.fromkeys(row["kernel"] for row in results):
         parts = [row["of_copy_rate"] for row in results if row["kernel"] == name]
