@@ -5,12 +5,13 @@ convolution that is what moves; with one 6 M + 5, in two passes, since a token's
 what later tokens hand back to it:
 
     taps      gy, v -> r, one row for all branches               M + 2
-    tokens    gy, v, r, h, k -> grad_h, grad_k, grad_v           5 M + 3
+    blocks    gy, v, r, h, k -> grad_h, grad_k, grad_v           5 M + 3
 
-What else is kept is small: a few numbers for each token and branch, and sums for the gradients of parameters, which
-stay in registers over a run of tokens. Those sums stand in the way of one pass: a program that walks over whole rows,
-as in the forward pass, would need taps M D of them, 160 to 256 KB for M = 4, more than a processor's registers hold.
-There are no atomics: the same inputs give the same bits.
+What else is kept is small: a few numbers for each token and branch, the sums over D in parts, one from each block of
+channels of the first pass, and sums for the gradients of parameters, which stay in registers over a run of tokens.
+Those stand in the way of one pass: a program that walks over whole rows, as that without a convolution, would need taps
+M D of them, 160 to 256 KB for M = 4, more than a processor's registers hold. There are no atomics: the same inputs give
+the same bits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engram.kernels.fusion import fuse_memory_backward_reference
+from engram.kernels.triton.fusion_backward_blocks import block_gradients
 from engram.kernels.triton.fusion_backward_taps import hand_back
 from engram.kernels.triton.fusion_backward_tokens import token_gradients
 from engram.kernels.triton.fusion_taps import left_to_torch
@@ -54,21 +56,24 @@ def fuse_memory_backward_triton(
     past = 0 if past_values is None else past_values.shape[1]
     grad_out, hidden, kv, documents = grad_out.contiguous(), hidden.contiguous(), kv.contiguous(), dense(documents)
     alpha, stats, grad_alpha = alpha.contiguous(), stats.contiguous(), dense(grad_alpha)
-    grad_kv, dots = torch.empty_like(kv), None
+    grad_kv = torch.empty_like(kv)
     grad_norm = grad_weight = query_norm.new_empty(0)
-    if conv_weight is not None and conv_norm is not None:
+    rest = (
+        grad_out, grad_alpha, hidden, kv, query_norm.contiguous(), key_norm.contiguous(), documents, past, alpha,
+        stats, squash, residual,
+    )  # fmt: skip
+    if conv_weight is None or conv_norm is None:
+        grad_hidden, gate_sums = token_gradients(grad_kv, *rest)
+    else:
         past_values, past_scales = (dense(past_values), dense(past_scales)) if past else (None, None)
         conv = (widen(conv_weight) * widen(conv_norm)).contiguous()
         dots, tap_sums = hand_back(
             grad_kv, grad_out, kv, conv, documents, past_values, past_scales, alpha, stats, eps, dilation
         )
+        grad_hidden, gate_sums = block_gradients(grad_kv, dots, *rest)
         per_tap = tap_sums.sum(0)
         grad_norm = (per_tap * widen(conv_weight)).sum(0).to(conv_norm.dtype)
         grad_weight = (per_tap * widen(conv_norm)).to(conv_weight.dtype)
-    grad_hidden, gate_sums = token_gradients(
-        grad_kv, dots, grad_out, grad_alpha, hidden, kv, query_norm.contiguous(), key_norm.contiguous(), documents,
-        past, alpha, stats, eps, squash, residual,
-    )  # fmt: skip
     grad_both = gate_sums.sum(0)
     return (
         grad_hidden,

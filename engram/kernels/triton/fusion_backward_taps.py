@@ -6,7 +6,7 @@ are summed here, so that one row of D numbers leaves for each token, where grad_
 
 A program takes a block of channels and every `dilation`-th token of a run, whose taps then reach 1, 2, ... of its steps
 back: x_m = scale_m v and q of the last tokens and the sums for the weights' gradients all stay in registers. After its
-run it goes on for taps - 1 steps, to complete what its own last tokens get. Of the sums over all of D it leaves its part:
+run it goes on for taps - 1 steps, to complete what its own last tokens get. Of sums over all of D it leaves its part:
 for each branch gy . v and what q . v adds to it, and for all branches what q . v hands to v.
 """
 
@@ -20,15 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from engram.kernels.triton.fusion_taps import SIZES, document_of, links_of
-from engram.kernels.triton.launch import Strip, ceil_div, prefetch, sigmoid
+from engram.kernels.triton.launch import WARP, Strip, at_most, ceil_div, prefetch, sigmoid
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _prepare_kernel(
     documents, alpha, stats, links, scales, slopes, N, T, past, eps,
-    M: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, TOKENS: tl.constexpr, BRANCHES: tl.constexpr, UNROLL: tl.constexpr,
+    M: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, UNROLL: tl.constexpr,
+    TOKENS: tl.constexpr, BRANCHES: tl.constexpr,
 ):  # fmt: skip
-    """Links of tokens, the scales s of their values, 0 at padding, and by how much s grad_s enters a gate's gradient."""
+    """Links of tokens, the scales s of their values, 0 at padding, and how much s grad_s enters a gate's gradient.
+
+    Bit 15 of a token's links says that it and the UNROLL - 1 after it, in steps of the dilation, have all links.
+    """
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     m = tl.arange(0, BRANCHES)
     valid = n < N
@@ -52,10 +56,10 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _by_fours(x, WIDTH: tl.constexpr):
+def _by_thread(x, WIDTH: tl.constexpr):
     """Sums of the channels that a thread holds."""
-    each: tl.constexpr = WIDTH // 32 if WIDTH >= 32 else 1
-    return tl.sum(tl.reshape(x, [WIDTH // each, each]), 1)
+    THREADS: tl.constexpr = min(WIDTH, 32)
+    return tl.sum(tl.reshape(x, [THREADS, WIDTH // THREADS]), 1)
 
 
 @triton.jit
@@ -97,18 +101,17 @@ def _linked(
 
 @triton.jit
 def _step(
-    grad_out, kv, conv, past_values, past_scales, links, scales, slopes, handed, dots, weights,
+    grad_out, kv, weights, past_values, past_scales, links, scales, slopes, handed, dots,
     by_tap, xs, qs, gates, ahead, n, first, end, block, d, d_in, N, T, past,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, SECTOR: tl.constexpr,
-    WHOLE: tl.constexpr,
+    BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Takes in token n and lets go of the one that is complete then; WHOLE: n is of this run, all its taps linked."""
-    ahead = ahead + _load_step(grad_out, kv, links, scales, n + STAGES * DILATION, N, d, d_in, M, D)
-    if AHEAD:
-        then = tl.cast(tl.minimum(n + AHEAD * DILATION, N - 1), tl.int64)
-        prefetch(grad_out + then * (M * D) + block * WIDTH, M, D, WIDTH, SECTOR)
-        prefetch(kv + (then * (M + 1) + M) * D + block * WIDTH, 1, D, WIDTH, SECTOR)
+    later = _load_step(grad_out, kv, links, scales, n + DILATION, N, d, d_in, M, D)
+    if D % WIDTH == 0:  # else the last block would reach beyond the rows
+        then = tl.cast(tl.minimum(n + 4 * DILATION, N - 1), tl.int64)
+        prefetch(grad_out + then * (M * D) + block * WIDTH, M, D, WIDTH)
+        prefetch(kv + (then * (M + 1) + M) * D + block * WIDTH, 1, D, WIDTH)
     done = n - (TAPS - 1) * DILATION
     done_own = (done >= first) & (done < end)
     done_row = tl.cast(done, tl.int64) * M
@@ -121,18 +124,13 @@ def _step(
     next_gates = ()
     totals = ()
     r = tl.zeros([WIDTH], tl.float32)
-    along = tl.zeros([WIDTH // (WIDTH // 32 if WIDTH >= 32 else 1)], tl.float32)
+    along = tl.zeros([min(WIDTH, 32)], tl.float32)
     for m in tl.static_range(M):
         done_scale = tl.load(scales + done_row + m, mask=done_own, other=0.0)
         done_slope = tl.load(slopes + done_row + m, mask=done_own, other=0.0)
-        w = ()
-        for j in tl.static_range(TAPS):
-            if HELD:
-                w = w + (weights[m * TAPS + j],)
-            else:
-                w = w + (tl.load(conv + (j * M + m) * D + d, mask=d_in, other=0.0, eviction_policy="evict_last"),)
+        w = weights[m * TAPS : (m + 1) * TAPS]
         gy = ahead[2 + m].to(tl.float32)
-        gate = (_by_fours(gy * v, WIDTH),) + gates[m * (TAPS - 1) : (m + 1) * (TAPS - 1)]
+        gate = (_by_thread(gy * v, WIDTH),) + gates[m * (TAPS - 1) : (m + 1) * (TAPS - 1)]
         x = (ahead[2 + M + m] * v,) + xs[m * (TAPS - 1) : (m + 1) * (TAPS - 1)]
         seen = x
         if not WHOLE:
@@ -153,7 +151,7 @@ def _step(
                 next_qs = next_qs + (q,)
             else:
                 r += done_scale * q
-                handed_back = _by_fours(q * x[TAPS - 1], WIDTH)  # its sum is that of s grad_s
+                handed_back = _by_thread(q * x[TAPS - 1], WIDTH)  # its sum is that of s grad_s
                 totals = totals + (tl.sum(gate[TAPS - 1] + done_slope * handed_back, 0),)
                 along -= done_scale * done_scale / D * handed_back
         next_xs = next_xs + x[: TAPS - 1]
@@ -163,22 +161,21 @@ def _step(
         tl.store(dots + (done_row + done + m) * BLOCKS + block, totals[m], mask=done_own)
     at = (done_row + done + M) * D + d
     tl.store(handed + at, r.to(handed.dtype.element_ty), mask=done_own & d_in)
-    return next_sums, next_xs, next_qs, next_gates, ahead[2 + 2 * M :]
+    return next_sums, next_xs, next_qs, next_gates, later
 
 
 @triton.jit(do_not_specialize=[*SIZES, "run"])
 def _taps_kernel(
     grad_out, kv, conv, past_values, past_scales, links, scales, slopes, handed, dots, tap_sums, N, T, past, run,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
-    WIDTH: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr,
-    HELD: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, SECTOR: tl.constexpr, UNROLL: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """r into the value's rows of `handed` [N, (M + 1) D]; sums into dots [N, M + 1, blocks]; the taps' sums of a run."""
+    """r into the values' rows of `handed` [N, (M + 1) D], sums into dots [N, M + 1, blocks]; a run's sums for taps."""
     block, part = tl.program_id(0), tl.program_id(2) * DILATION + tl.program_id(1)
     first = tl.program_id(2) * run
     end = tl.minimum(first + run, N)
     d = block * WIDTH + tl.arange(0, WIDTH)
-    d_in = tl.full([WIDTH], True, tl.int1) if EVEN else d < D
+    d_in = tl.full([WIDTH], True, tl.int1) if D % WIDTH == 0 else d < D
     n = first + tl.program_id(1)
     weights = ()
     by_tap = ()
@@ -187,8 +184,7 @@ def _taps_kernel(
     gates = ()  # their gy . v, each thread's part of it
     for m in tl.static_range(M):
         for j in tl.static_range(TAPS):
-            if HELD:
-                weights = weights + (tl.load(conv + (j * M + m) * D + d, mask=d_in, other=0.0),)
+            weights = weights + (tl.load(conv + (j * M + m) * D + d, mask=d_in, other=0.0),)
             by_tap = by_tap + (tl.zeros([WIDTH], tl.float32),)
         for steps in tl.static_range(1, TAPS):
             then = n - steps * DILATION
@@ -196,41 +192,27 @@ def _taps_kernel(
             v = tl.load(kv + (row + then + M) * D + d, mask=(then >= 0) & d_in, other=0.0).to(tl.float32)
             xs = xs + (tl.load(scales + row + m, mask=then >= 0, other=0.0) * v,)
             qs = qs + (tl.zeros([WIDTH], tl.float32),)
-            gates = gates + (tl.zeros([WIDTH // (WIDTH // 32 if WIDTH >= 32 else 1)], tl.float32),)
-    ahead = ()
-    for stage in tl.static_range(STAGES):
-        ahead = ahead + _load_step(grad_out, kv, links, scales, n + stage * DILATION, N, d, d_in, M, D)
+            gates = gates + (tl.zeros([min(WIDTH, 32)], tl.float32),)
+    ahead = _load_step(grad_out, kv, links, scales, n, N, d, d_in, M, D)
     while n < end + (TAPS - 1) * DILATION:
         by_tap, xs, qs, gates, ahead = _step(
-            grad_out, kv, conv, past_values, past_scales, links, scales, slopes, handed, dots, weights,
+            grad_out, kv, weights, past_values, past_scales, links, scales, slopes, handed, dots,
             by_tap, xs, qs, gates, ahead, n, first, end, block, d, d_in, N, T, past,
-            M, D, TAPS, DILATION, WIDTH, BLOCKS, HELD, STAGES, AHEAD, SECTOR, False,
+            M, D, TAPS, DILATION, WIDTH, BLOCKS, False,
         )  # fmt: skip
         n += DILATION
         while (n + (UNROLL - 1) * DILATION < end) & (((ahead[0] >> 15) & 1) != 0):
-            for _ in tl.static_range(UNROLL):
+            for _ in tl.static_range(UNROLL):  # after which x and q lie in the registers in which they lay before
                 by_tap, xs, qs, gates, ahead = _step(
-                    grad_out, kv, conv, past_values, past_scales, links, scales, slopes, handed, dots, weights,
+                    grad_out, kv, weights, past_values, past_scales, links, scales, slopes, handed, dots,
                     by_tap, xs, qs, gates, ahead, n, first, end, block, d, d_in, N, T, past,
-                    M, D, TAPS, DILATION, WIDTH, BLOCKS, HELD, STAGES, AHEAD, SECTOR, True,
+                    M, D, TAPS, DILATION, WIDTH, BLOCKS, True,
                 )  # fmt: skip
                 n += DILATION
     for m in tl.static_range(M):
         for j in tl.static_range(TAPS):
             into = tap_sums + ((tl.cast(part, tl.int64) * TAPS + j) * M + m) * D + d
             tl.store(into, by_tap[m * TAPS + j], mask=d_in)
-
-
-HELD, STAGES, AHEAD, SECTOR, MAXREG, WIDTH, PER, UNROLL = True, 1, 0, 64, 168, 64, 12, 0
-
-
-def strip_of(N, D, held, dilation, device):
-    from engram.kernels.triton.launch import machine
-    width = min(WIDTH, max(triton.next_power_of_2(D), 16))
-    blocks = ceil_div(D, width)
-    runs = max(PER * machine(device).processors // (blocks * dilation), 1)
-    run = ceil_div(ceil_div(N, runs), dilation) * dilation
-    return Strip(width, blocks, run, ceil_div(N, run))
 
 
 def hand_back(
@@ -251,19 +233,18 @@ def hand_back(
     B, T, M, D = grad_out.shape
     N, taps = B * T, len(conv)
     past = 0 if past_values is None else past_values.shape[1]
-    strip = strip_of(N, D, M * taps, dilation, kv.device)
+    strip = Strip.of(N, D, 2 * WARP if M * taps <= 16 else WARP, 12, dilation, kv.device)
     links = torch.empty(N, dtype=torch.int32, device=kv.device)
     scales, slopes = (torch.empty(N, M, dtype=torch.float32, device=kv.device) for _ in range(2))
     dots = torch.empty(B, T, M + 1, strip.blocks, dtype=torch.float32, device=kv.device)
     tap_sums = torch.empty(strip.runs * dilation, taps, M, D, dtype=torch.float32, device=kv.device)
-    settings = {"M": M, "TAPS": taps, "DILATION": dilation, "UNROLL": UNROLL or max(taps - 1, 1)}
+    settings = {"M": M, "TAPS": taps, "DILATION": dilation, "UNROLL": max(taps - 1, 1)}
     _prepare_kernel[(ceil_div(N, 64),)](
         documents, alpha, stats, links, scales, slopes, N, T, past, eps,
         **settings, TOKENS=64, BRANCHES=triton.next_power_of_2(M), num_warps=4,
     )  # fmt: skip
     _taps_kernel[(strip.blocks, dilation, strip.runs)](
         grad_out, kv, conv, past_values, past_scales, links, scales, slopes, handed, dots, tap_sums, N, T, past,
-        strip.run, **settings, D=D, WIDTH=strip.width, EVEN=D % strip.width == 0, BLOCKS=strip.blocks, num_warps=1,
-        HELD=HELD, STAGES=STAGES, AHEAD=AHEAD, SECTOR=SECTOR, maxnreg=MAXREG,
+        strip.run, **settings, D=D, WIDTH=strip.width, BLOCKS=strip.blocks, num_warps=1, **at_most(168),
     )  # fmt: skip
     return dots, tap_sums

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDTH = 128  # channels: 4 for each of a warp's 32 threads
+WARP = 32  # threads
+WIDTH = 4 * WARP  # channels
 _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 
 
@@ -34,10 +35,10 @@ def sigmoid(x):
 
 
 @triton.jit
-def prefetch(at, ROWS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, SECTOR: tl.constexpr):
+def prefetch(at, ROWS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
     """Into the L2 cache, where there is an instruction for it: WIDTH numbers at `at`, and STRIDE numbers on, ..."""
     if _PTX:
-        each: tl.constexpr = SECTOR * 8 // at.dtype.element_ty.primitive_bitwidth
+        each: tl.constexpr = 256 // at.dtype.element_ty.primitive_bitwidth  # a sector of 32 bytes
         i = tl.arange(0, triton.next_power_of_2(ROWS * WIDTH // each))
         where = at + (i * each // WIDTH % ROWS) * STRIDE + i * each % WIDTH
         tl.inline_asm_elementwise(
@@ -74,20 +75,19 @@ class Walk(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Programs that each take all channels of a token, in `parts` blocks, and one token of a run after another."""
+    """Programs of 8 warps, one for each processor, that each take all channels of a token, in `parts` blocks, and one
+    token of a run after another."""
 
     width: int
     parts: int
-    warps: int
     run: int
     programs: int
 
     @classmethod
     def of(cls, N: int, D: int, device: torch.device) -> Row:
-        warps = 8 if D <= 3072 else 16  # 2 programs to a processor while their registers allow it
-        width = min(warps * WIDTH, _padded(D))
-        run = ceil_div(N, machine(device).processors * 16 // warps)
-        return cls(width, ceil_div(D, width), warps, run, ceil_div(N, run))
+        width = min(8 * WIDTH, _padded(D))
+        run = ceil_div(N, machine(device).processors)
+        return cls(width, ceil_div(D, width), run, ceil_div(N, run))
 
 
 class Rows(NamedTuple):
@@ -117,11 +117,7 @@ class Rows(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Programs of one warp, each for a block of channels and every `dilation`-th token of a run.
-
-    As many as a device holds when each of their threads takes all of 255 registers. Of what they keep there, `held`
-    numbers for each channel, three times over, are most: beyond 16 of them blocks are narrower.
-    """
+    """Programs of one warp, each for a block of channels and every `apart`-th token of a run."""
 
     width: int
     blocks: int
@@ -129,11 +125,12 @@ class Strip(NamedTuple):
     runs: int
 
     @classmethod
-    def of(cls, N: int, D: int, held: int, dilation: int, device: torch.device) -> Strip:
-        width = min(WIDTH if held <= 16 else WIDTH // 2 if held <= 32 else WIDTH // 4, _padded(D))
+    def of(cls, N: int, D: int, width: int, resident: int, apart: int, device: torch.device) -> Strip:
+        """As many programs as a device holds of which `resident` run on a processor."""
+        width = min(width, _padded(D))
         blocks = ceil_div(D, width)
-        runs = max(8 * machine(device).processors // (blocks * dilation), 1)
-        run = ceil_div(ceil_div(N, runs), dilation) * dilation
+        runs = max(resident * machine(device).processors // (blocks * apart), 1)
+        run = ceil_div(ceil_div(N, runs), apart) * apart
         return cls(width, blocks, run, ceil_div(N, run))
 
 

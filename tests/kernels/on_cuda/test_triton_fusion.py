@@ -129,9 +129,18 @@ def test_segments_do_not_show(
 
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_runs_do_not_show(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward's runs, of 12 tokens each where the dilation is 3."""
+    """The backward's runs, of 6 tokens each where the dilation is 3."""
     monkeypatch.setattr(launch, "machine", lambda device: Machine(2, 50 * 2**20))
     check(inputs(device, **SHAPE | {"T": 23, "M": 1, "packed": True} | LAUNCHES[case]), True, narrow=False)
+
+
+@pytest.mark.parametrize("long", [7, 23, 80])
+def test_runs_may_lie_within_a_document(long: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs of 21 tokens the backward takes 9 at a time that have all their taps."""
+    monkeypatch.setattr(launch, "machine", lambda device: Machine(1, 50 * 2**20))
+    arguments = inputs(device, **SHAPE | {"B": 1, "T": 80})
+    arguments[6] = (torch.arange(80, device=device) // long).expand(1, -1)
+    check(arguments, True, narrow=False)
 
 
 @pytest.mark.parametrize("M", [1, 4])
