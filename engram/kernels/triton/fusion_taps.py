@@ -1,7 +1,7 @@
 """What a tap of the convolution sees, for the kernels of `fuse_memory` and its backward (engram/kernels/fusion.py).
 
 A token's links are bits: j says that tap j finds a token of the same document in this call, 16 + j that it finds one in
-the past. What has no link is not read.
+the past, and 15 that the token is no padding. What has no link is not read.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 SIZES = ["N", "T", "past"]  # compiled once for all values
+SHOWN = tl.constexpr(1 << 15)
 _LIMIT = 15  # taps, one for each bit of either half of 31
 
 

@@ -12,7 +12,7 @@ from engram.kernels.fusion import fuse_memory_backward_reference, fuse_memory_re
 from engram.kernels.triton import launch
 from engram.kernels.triton.fusion_backward import fuse_memory_backward_triton
 from engram.kernels.triton.fusion_forward import fuse_memory_triton
-from engram.kernels.triton.launch import Machine, Walk
+from engram.kernels.triton.launch import Machine
 
 SHAPE = {"B": 2, "T": 11, "M": 2, "D": 24, "taps": 4, "dilation": 3, "past": 0}
 CASES: dict[str, dict[str, Any]] = {
@@ -152,19 +152,6 @@ def test_documents_may_change_within_a_halo(
     arguments = inputs(device, **SHAPE | {"T": 23, "M": 1})
     arguments[6] = (torch.arange(23, device=device) >= boundary).long().expand(2, -1)
     check_forward(arguments, narrow=False)
-
-
-@pytest.mark.parametrize(("N", "segment"), [(1, 1), (4096, 32), (8192, 64), (32768, 256)])
-@pytest.mark.parametrize("D", [2560, 4096])
-def test_a_step_of_all_programs_fits_the_cache(
-    N: int, segment: int, D: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    h100 = Machine(132, 50 * 2**20)
-    monkeypatch.setattr(launch, "machine", lambda device: h100)
-    walk = Walk.of(N, 4, D, 2, device)
-    assert (walk.segment, walk.step) == (segment, min(segment, 8))
-    assert walk.programs <= h100.processors
-    assert walk.programs * walk.step * 5 * D * 2 <= h100.cache
 
 
 @pytest.mark.parametrize(("hidden", "kv"), TYPES)
