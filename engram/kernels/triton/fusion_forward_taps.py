@@ -39,12 +39,19 @@ def _wait_for(stored, chunk, N, CHUNK: tl.constexpr, REACH: tl.constexpr):
 
 @triton.jit
 def _results(
-    hidden, kv, conv_norm, conv_weight, past_values, past_scales, links, scales, alpha, out, n, end, d, T, past,
+    hidden, kv, conv_norm, conv_weight, past_values, past_scales, links, scales, alpha, out, n, end, d0, T, past, zero,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """alpha v + SiLU(convolution), and h, of channels d of token n and every DILATION-th after it, before `end`."""
-    d_in = tl.full([BLOCK], True, tl.int1) if D % BLOCK == 0 else d < D
+    """alpha v + SiLU(convolution), and h, of the channels from d0 of token n and every DILATION-th after it, before
+    `end`."""
+    PART: tl.constexpr = BLOCK // THREADS
+    # What all channels share is loaded by each thread, from addresses that as far as the compiler knows differ: else it
+    # keeps these numbers in registers that warps share, into which a load goes only by a move that waits for it.
+    thread = tl.arange(0, THREADS)
+    links, scales, alpha = links + thread * zero, scales + thread * zero, alpha + thread * zero
+    d = d0 + thread[:, None] * PART + tl.arange(0, PART)[None, :]
+    d_in = tl.full([THREADS, PART], True, tl.int1) if D % BLOCK == 0 else d < D
     weights = ()
     old_s = ()
     for m in tl.static_range(M):
@@ -79,12 +86,13 @@ def _results(
         gates = next_a
         vs = (v,) + old_v  # of the token itself and those 1, 2, ... steps before
         now = link
-        # What the next token needs is asked for before this one's results are made.
+        at = tl.cast(n, tl.int64) * M
+        # What the next token needs is asked for before this one's results are made; the last asks for its own again.
         then = n + DILATION
-        there = then < end
-        row = tl.cast(then, tl.int64) * M
-        link = tl.load(links + then, mask=there, other=0)
-        next_v = tl.load(kv + (row + then + M) * D + d, mask=there & d_in, other=0.0)
+        row = tl.cast(tl.where(then < end, then, n), tl.int64)
+        link = tl.load(links + row)
+        next_v = tl.load(kv + (row * (M + 1) + M) * D + d, mask=d_in, other=0.0)
+        row *= M
         ss = ()
         kept_s = ()
         next_h = ()
@@ -92,10 +100,10 @@ def _results(
         later_s = ()
         for m in tl.static_range(M):
             if RESIDUAL:
-                h = tl.load(hidden + (row + m) * D + d, mask=there & d_in, other=0.0, eviction_policy="evict_first")
+                h = tl.load(hidden + (row + m) * D + d, mask=d_in, other=0.0, eviction_policy="evict_first")
                 next_h = next_h + (h,)
-            next_a = next_a + (tl.load(alpha + row + m, mask=there, other=0.0),)
-            later_s = later_s + (tl.load(scales + row + m, mask=there, other=0.0),)
+            next_a = next_a + (tl.load(alpha + row + m),)
+            later_s = later_s + (tl.load(scales + row + m),)
             ss = ss + (next_s[m],)
             for steps in tl.static_range(1, TAPS):
                 ss = ss + (old_s[m * (TAPS - 1) + steps - 1],)
@@ -107,20 +115,21 @@ def _results(
             if past_values is not None:
                 before = ((now >> (j + 16)) & 1) != 0
                 slot = tl.cast(n // T, tl.int64) * past + past + n % T - (TAPS - 1 - j) * DILATION
-                held = tl.load(past_values + slot * D + d, mask=before & d_in, other=0.0)
-                value = tl.where(before, held.to(tl.float32), value)
+                held = tl.load(past_values + slot * D + d, mask=before[:, None] & d_in, other=0.0)
+                value = tl.where(before[:, None], held.to(tl.float32), value)
             seen = seen + (value,)
-        at = tl.cast(n, tl.int64) * M
+        shown = (now & SHOWN) != 0
         for m in tl.static_range(M):
-            z = tl.zeros([BLOCK], tl.float32)
+            z = tl.zeros([THREADS, PART], tl.float32)
             for j in tl.static_range(TAPS):
                 s = tl.where(((now >> j) & 1) != 0, ss[m * TAPS + TAPS - 1 - j], 0.0)
                 if past_scales is not None:
                     before = ((now >> (j + 16)) & 1) != 0
                     slot = tl.cast(n // T, tl.int64) * past + past + n % T - (TAPS - 1 - j) * DILATION
-                    s += tl.load(past_scales + slot * M + m, mask=before, other=0.0).to(tl.float32)
-                z += weights[m * TAPS + j] * (s * seen[j])
-            y = z * sigmoid(z) + tl.where((now & SHOWN) != 0, gates[m], 0.0) * v
+                    held = tl.load(past_scales + slot * M + m + thread * zero, mask=before, other=0.0)
+                    s += held.to(tl.float32)
+                z += weights[m * TAPS + j] * (s[:, None] * seen[j])
+            y = z * sigmoid(z) + tl.where(shown, gates[m], 0.0)[:, None] * v
             if RESIDUAL:
                 y += hs[m].to(tl.float32)
             into = out + (at + m) * D + d
@@ -131,13 +140,14 @@ def _results(
         n = then
 
 
-@triton.jit(do_not_specialize=[*SIZES, "tickets"])
+@triton.jit(do_not_specialize=[*SIZES, "tickets", "zero"])
 def _turns_kernel(
     hidden, kv, query_norm, key_norm, conv_norm, conv_weight, documents, past_values, past_scales,
-    out, alpha, stats, links, scales, counters, N, T, past, tickets, eps, root,
+    out, alpha, stats, links, scales, counters, N, T, past, tickets, zero, eps, root,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
     SQUASH: tl.constexpr, RESIDUAL: tl.constexpr, BRANCHES: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
     CHUNK: tl.constexpr, RUN: tl.constexpr, LAG: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """Gates and results, by tickets: CHUNK / RUN for the gates of a chunk, then one for each phase of the taps and
     block of channels of the chunk LAG before it."""
@@ -173,10 +183,10 @@ def _turns_kernel(
             if (chunk >= 0) & (n < end):
                 _wait_for(stored, chunk, N, CHUNK, (TAPS - 1) * DILATION)
                 tl.debug_barrier()
-                d = (place - GATES) // DILATION * BLOCK + tl.arange(0, BLOCK)
                 _results(
                     hidden, kv, conv_norm, conv_weight, past_values, past_scales, links, scales, alpha, out,
-                    n, end, d, T, past, M, D, TAPS, DILATION, RESIDUAL, BLOCK,
+                    n, end, (place - GATES) // DILATION * BLOCK, T, past, zero,
+                    M, D, TAPS, DILATION, RESIDUAL, BLOCK, THREADS,
                 )  # fmt: skip
         ticket = tl.atomic_add(counters, 1, sem="relaxed")
 
@@ -210,8 +220,8 @@ def fuse_taps(
     counters = torch.zeros(1 + turns.chunks, dtype=torch.int32, device=hidden.device)
     _turns_kernel[(turns.programs,)](
         hidden, kv, query_norm, key_norm, conv_norm, conv_weight, documents, past_values, past_scales,
-        out, alpha, stats, links, scales, counters, N, T, past, turns.tickets, eps, 1 / math.sqrt(D),
+        out, alpha, stats, links, scales, counters, N, T, past, turns.tickets, 0, eps, 1 / math.sqrt(D),
         M=M, D=D, TAPS=taps, DILATION=dilation, SQUASH=squash, RESIDUAL=residual, BRANCHES=gates.branches,
         WIDTH=gates.width, AHEAD=gates.ahead, CHUNK=turns.chunk, RUN=turns.run, LAG=turns.lag, BLOCK=turns.block,
-        num_warps=gates.warps, **at_most(turns.registers),
+        THREADS=min(gates.warps * 32, turns.block), num_warps=gates.warps, **at_most(turns.registers),
     )  # fmt: skip

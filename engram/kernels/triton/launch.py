@@ -68,7 +68,7 @@ class Turns(NamedTuple):
 
     @classmethod
     def of(cls, N: int, M: int, D: int, taps: int, dilation: int, warps: int, device: torch.device) -> Turns:
-        run, registers, resident, steps, ahead = 2, 128, 16, 16, 192
+        run, registers, resident, steps, ahead = 1, 168, 12, 16, 192
         block = warps * (WIDTH if M * taps <= 16 else WIDTH // 2 if M * taps <= 32 else WIDTH // 4)
         block = min(block, _padded(D))
         chunk = ceil_div(max(steps * 3, dilation), run * dilation) * run * dilation
