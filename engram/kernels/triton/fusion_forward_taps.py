@@ -1,7 +1,7 @@
 """`fuse_memory` with its convolution, in one launch (reference: engram/kernels/fusion.py).
 
 Results of a block of channels need gates, which are sums over all channels, and the scales of earlier tokens. So there
-are two kinds of work: the gates of a few tokens, and the results of a block of channels over a chunk of tokens, which
+are two kinds of work: the gates of a token, and the results of a block of channels over a chunk of tokens, which
 finds h and v in the L2 cache, where the gates have left them. Programs draw tickets, numbered in the order in which
 work is to begin: chunk by chunk, the results of a chunk some chunks after its gates. Before results, a program waits
 until as many gates have been stored as its chunk has, which can't be forever: their tickets were drawn before its own.
@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engram.kernels.triton.fusion_forward_tokens import store_gates
+from engram.kernels.triton.fusion_forward_tokens import store_gates, store_numbers
 from engram.kernels.triton.fusion_taps import SHOWN, SIZES, document_of, links_of
-from engram.kernels.triton.launch import Gates, Turns, at_most, sigmoid
+from engram.kernels.triton.launch import Gates, Turns, at_most, ceil_div, sigmoid
 
 
 @triton.jit
@@ -140,52 +140,46 @@ def _results(
         n = then
 
 
-@triton.jit(do_not_specialize=[*SIZES, "tickets", "zero"])
+@triton.jit(do_not_specialize=[*SIZES, "lag", "tickets", "zero"])
 def _turns_kernel(
     hidden, kv, query_norm, key_norm, conv_norm, conv_weight, documents, past_values, past_scales,
-    out, alpha, stats, links, scales, counters, N, T, past, tickets, zero, eps, root,
+    out, alpha, stats, links, scales, counters, N, T, past, lag, tickets, zero, eps, root,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
     SQUASH: tl.constexpr, RESIDUAL: tl.constexpr, BRANCHES: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
-    CHUNK: tl.constexpr, RUN: tl.constexpr, LAG: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Gates and results, by tickets: CHUNK / RUN for the gates of a chunk, then one for each phase of the taps and
-    block of channels of the chunk LAG before it."""
-    GATES: tl.constexpr = CHUNK // RUN
-    TURN: tl.constexpr = GATES + DILATION * ((D + BLOCK - 1) // BLOCK)
+    """Gates and results, by tickets: one for the gates of each token of a chunk, then one for each phase and block of
+    channels of the chunk `lag` before it."""
+    TURN: tl.constexpr = CHUNK + DILATION * ((D + BLOCK - 1) // BLOCK)
     m = tl.arange(0, BRANCHES)
     stored = counters + 1
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     while ticket < tickets:
         turn, place = ticket // TURN, ticket % TURN
-        if place < GATES:
-            n = turn * CHUNK + place * RUN
-            end = tl.minimum(n + RUN, N)
-            if n < end:
-                tokens = end - n
-                while n < end:
-                    _, scale = store_gates(
-                        hidden, kv, query_norm, key_norm, alpha, stats, n, eps, root,
-                        M, D, SQUASH, BRANCHES, WIDTH, AHEAD,
-                    )  # fmt: skip
-                    document = document_of(documents, n, True, T, past)
-                    shown = document >= 0
-                    link = links_of(documents, document, n, True, T, past, TAPS, DILATION)
-                    tl.store(links + n, tl.where(shown, link | SHOWN, link))
-                    tl.store(scales + tl.cast(n, tl.int64) * M + m, tl.where(shown, scale, 0.0), mask=m < M)
-                    n += 1
+        if place < CHUNK:
+            n = turn * CHUNK + place
+            if n < N:
+                _, scale = store_gates(
+                    hidden, kv, query_norm, key_norm, alpha, stats, n, eps, root, M, D, SQUASH, BRANCHES, WIDTH, AHEAD
+                )
+                document = document_of(documents, n, True, T, past)
+                shown = document >= 0
+                link = links_of(documents, document, n, True, T, past, TAPS, DILATION)
+                tl.store(links + n, tl.where(shown, link | SHOWN, link))
+                m_in = tl.full([BRANCHES], True, tl.int1) if M == BRANCHES else m < M
+                store_numbers(scales + tl.cast(n, tl.int64) * M, tl.where(shown, scale, 0.0), m, m_in, 1)
                 tl.debug_barrier()  # what all threads have stored is stored before it is counted
-                tl.atomic_add(stored + turn, tokens, sem="release")
+                tl.atomic_add(stored + turn, 1, sem="release")
         else:
-            chunk = turn - LAG
-            n = chunk * CHUNK + (place - GATES) % DILATION
+            chunk = turn - lag
+            n = chunk * CHUNK + (place - CHUNK) % DILATION
             end = tl.minimum(chunk * CHUNK + CHUNK, N)
             if (chunk >= 0) & (n < end):
                 _wait_for(stored, chunk, N, CHUNK, (TAPS - 1) * DILATION)
                 tl.debug_barrier()
                 _results(
                     hidden, kv, conv_norm, conv_weight, past_values, past_scales, links, scales, alpha, out,
-                    n, end, (place - GATES) // DILATION * BLOCK, T, past, zero,
+                    n, end, (place - CHUNK) // DILATION * BLOCK, T, past, zero,
                     M, D, TAPS, DILATION, RESIDUAL, BLOCK, THREADS,
                 )  # fmt: skip
         ticket = tl.atomic_add(counters, 1, sem="relaxed")
@@ -217,11 +211,11 @@ def fuse_taps(
     turns = Turns.of(N, M, D, taps, dilation, gates.warps, hidden.device)
     links = torch.empty(N, dtype=torch.int32, device=hidden.device)
     scales = torch.empty(N, M, dtype=torch.float32, device=hidden.device)
-    counters = torch.zeros(1 + turns.chunks, dtype=torch.int32, device=hidden.device)
+    counters = torch.zeros(1 + ceil_div(N, turns.chunk), dtype=torch.int32, device=hidden.device)
     _turns_kernel[(turns.programs,)](
         hidden, kv, query_norm, key_norm, conv_norm, conv_weight, documents, past_values, past_scales,
-        out, alpha, stats, links, scales, counters, N, T, past, turns.tickets, 0, eps, 1 / math.sqrt(D),
+        out, alpha, stats, links, scales, counters, N, T, past, turns.lag, turns.tickets, 0, eps, 1 / math.sqrt(D),
         M=M, D=D, TAPS=taps, DILATION=dilation, SQUASH=squash, RESIDUAL=residual, BRANCHES=gates.branches,
-        WIDTH=gates.width, AHEAD=gates.ahead, CHUNK=turns.chunk, RUN=turns.run, LAG=turns.lag, BLOCK=turns.block,
+        WIDTH=gates.width, AHEAD=gates.ahead, CHUNK=turns.chunk, BLOCK=turns.block,
         THREADS=min(gates.warps * 32, turns.block), num_warps=gates.warps, **at_most(turns.registers),
     )  # fmt: skip

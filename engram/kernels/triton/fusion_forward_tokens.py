@@ -1,6 +1,6 @@
 """Gates of `fuse_memory`, and all of it without a convolution, token by token (reference: engram/kernels/fusion.py).
 
-Gates are sums over all of D, known before anything can be written. A program takes a token at a time, each of its warps
+Gates are sums over all of D, known before anything can be written. A program takes a token, each of its warps
 a branch: so a warp has all that its sums need, and waits for no other. It reads its rows of h and k, and v, which the
 branches share in the L1 cache, then h and v once more, from there. Many programs on a processor keep device memory busy
 while some are at their second reading.
@@ -17,9 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from engram.kernels.triton.fusion_taps import SIZES, document_of
-from engram.kernels.triton.launch import Gates, at_most, ceil_div, sigmoid
+from engram.kernels.triton.launch import Gates, at_most, sigmoid
 
-_RUN, _REGISTERS = 1, 128
+_REGISTERS = 128  # of a thread, so that 16 warps run on a processor
+
+
+@triton.jit
+def store_numbers(into, x, m, m_in, STRIDE: tl.constexpr):
+    """Stores a number for each branch, by the first thread of its warp, so that no warp waits for another."""
+    lane = tl.arange(0, 32)[None, :]
+    x = tl.broadcast_to(x[:, None], [x.shape[0], 32])
+    tl.store(into + m[:, None] * STRIDE + lane, x, mask=m_in[:, None] & (lane == 0))
 
 
 @triton.jit
@@ -71,10 +79,11 @@ def store_gates(
         g = tl.where(g > 0, size, tl.where(g < 0, -size, g))
     a = sigmoid(g)
     inv_u = tl.rsqrt(a * a * (tl.sum(vv, 1) / D) + eps)
-    tl.store(alpha + row + m, a, mask=m_in)
-    stat = tl.reshape(tl.join(tl.join(dot, inv_k), tl.join(inv_h, inv_u)), [BRANCHES, 4])
-    into = (row + m)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    tl.store(stats + into, stat, mask=m_in[:, None])
+    store_numbers(alpha + row, a, m, m_in, 1)
+    store_numbers(stats + row * 4, dot, m, m_in, 4)
+    store_numbers(stats + row * 4 + 1, inv_h, m, m_in, 4)
+    store_numbers(stats + row * 4 + 2, inv_k, m, m_in, 4)
+    store_numbers(stats + row * 4 + 3, inv_u, m, m_in, 4)
     return a, a * inv_u
 
 
@@ -82,46 +91,43 @@ def store_gates(
 def _tokens_kernel(
     hidden, kv, query_norm, key_norm, documents, out, alpha, stats, N, T, past, eps, root,
     M: tl.constexpr, D: tl.constexpr, SQUASH: tl.constexpr, RESIDUAL: tl.constexpr,
-    BRANCHES: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr, RUN: tl.constexpr,
+    BRANCHES: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """alpha v, and h, of a run of tokens, one after another."""
+    """alpha v, and h, of a token."""
     EVEN: tl.constexpr = D % (WIDTH * AHEAD) == 0
-    n = tl.program_id(0) * RUN
-    end = tl.minimum(n + RUN, N)
+    n = tl.program_id(0)
     m = tl.arange(0, BRANCHES)
     m_in = tl.full([BRANCHES], True, tl.int1) if M == BRANCHES else m < M
     first = tl.arange(0, WIDTH)
     at = (m * D)[:, None] + first[None, :]
     v_at = (m * 0)[:, None] + first[None, :]
-    while n < end:  # the interpreter takes no such numbers for a range
-        a, _ = store_gates(
-            hidden, kv, query_norm, key_norm, alpha, stats, n, eps, root, M, D, SQUASH, BRANCHES, WIDTH, AHEAD
-        )
-        used = tl.where(document_of(documents, n, True, T, past) >= 0, a, 0.0)
-        row = tl.cast(n, tl.int64) * M
-        v_row = tl.cast(n, tl.int64) * (M + 1) + M
-        for d0 in range(0, D, WIDTH * AHEAD):
-            masks = ()
-            hs = ()
-            vs = ()
-            for part in tl.static_range(AHEAD):
-                d = d0 + part * WIDTH
-                d_in = tl.full([WIDTH], True, tl.int1) if EVEN else d + first < D
-                mask = m_in[:, None] & d_in[None, :]
-                masks = masks + (mask,)
-                if RESIDUAL:
-                    h = tl.load(hidden + row * D + d + at, mask=mask, other=0.0, eviction_policy="evict_first")
-                    hs = hs + (h,)
-                vs = vs + (tl.load(kv + v_row * D + d + v_at, mask=mask, other=0.0, eviction_policy="evict_first"),)
-            for part in tl.static_range(AHEAD):
-                y = used[:, None] * vs[part].to(tl.float32)
-                if RESIDUAL:
-                    y += hs[part].to(tl.float32)
-                tl.store(
-                    out + row * D + d0 + part * WIDTH + at, y.to(out.dtype.element_ty), mask=masks[part],
-                    eviction_policy="evict_first",
-                )  # fmt: skip
-        n += 1
+    a, _ = store_gates(
+        hidden, kv, query_norm, key_norm, alpha, stats, n, eps, root, M, D, SQUASH, BRANCHES, WIDTH, AHEAD
+    )
+    used = tl.where(document_of(documents, n, True, T, past) >= 0, a, 0.0)
+    row = tl.cast(n, tl.int64) * M
+    v_row = tl.cast(n, tl.int64) * (M + 1) + M
+    for d0 in range(0, D, WIDTH * AHEAD):
+        masks = ()
+        hs = ()
+        vs = ()
+        for part in tl.static_range(AHEAD):
+            d = d0 + part * WIDTH
+            d_in = tl.full([WIDTH], True, tl.int1) if EVEN else d + first < D
+            mask = m_in[:, None] & d_in[None, :]
+            masks = masks + (mask,)
+            if RESIDUAL:
+                h = tl.load(hidden + row * D + d + at, mask=mask, other=0.0, eviction_policy="evict_first")
+                hs = hs + (h,)
+            vs = vs + (tl.load(kv + v_row * D + d + v_at, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        for part in tl.static_range(AHEAD):
+            y = used[:, None] * vs[part].to(tl.float32)
+            if RESIDUAL:
+                y += hs[part].to(tl.float32)
+            tl.store(
+                out + row * D + d0 + part * WIDTH + at, y.to(out.dtype.element_ty), mask=masks[part],
+                eviction_policy="evict_first",
+            )  # fmt: skip
 
 
 def fuse_tokens(
@@ -141,8 +147,8 @@ def fuse_tokens(
     """Fills the first three with what `fuse_memory` gives without a convolution."""
     B, T, M, D = hidden.shape
     gates = Gates.of(M, D, [hidden, kv, query_norm, key_norm])
-    _tokens_kernel[(ceil_div(B * T, _RUN),)](
+    _tokens_kernel[(B * T,)](
         hidden, kv, query_norm, key_norm, documents, out, alpha, stats, B * T, T, past, eps, 1 / math.sqrt(D),
         M=M, D=D, SQUASH=squash, RESIDUAL=residual, BRANCHES=gates.branches, WIDTH=gates.width, AHEAD=gates.ahead,
-        RUN=_RUN, num_warps=gates.warps, **at_most(_REGISTERS),
+        num_warps=gates.warps, **at_most(_REGISTERS),
     )  # fmt: skip

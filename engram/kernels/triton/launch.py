@@ -53,30 +53,36 @@ class Gates(NamedTuple):
         return cls(branches, width, ahead, min(branches, 16))
 
 
+TURN_STEPS, TURN_TOKENS = 16, 192
+
+
 class Turns(NamedTuple):
-    """Programs that draw tickets: in each turn for the gates of a chunk, by `run` tokens, then for the results of the
-    chunk `lag` before it, by phases of the dilation and blocks of channels."""
+    """Programs that draw tickets: in each turn for the gates of a chunk's tokens, then for the results of the chunk
+    `lag` before it, by phases of the dilation and blocks of channels.
+
+    A chunk has TURN_STEPS steps of the dilation, over which results use the weights that they hold, if those are no
+    more than TURN_TOKENS tokens: at least so many lie in the L2 cache between their gates and their results. There are
+    as many programs as a device runs at once.
+    """
 
     chunk: int
-    run: int
     lag: int
     block: int
-    chunks: int
     tickets: int
     programs: int
     registers: int
 
     @classmethod
     def of(cls, N: int, M: int, D: int, taps: int, dilation: int, warps: int, device: torch.device) -> Turns:
-        run, registers, resident, steps, ahead = 1, 168, 12, 16, 192
-        block = warps * (WIDTH if M * taps <= 16 else WIDTH // 2 if M * taps <= 32 else WIDTH // 4)
-        block = min(block, _padded(D))
-        chunk = ceil_div(max(steps * 3, dilation), run * dilation) * run * dilation
+        width = WIDTH if M * taps <= 16 else WIDTH // 2 if M * taps <= 32 else WIDTH // 4  # for weights in registers
+        block = min(warps * width, _padded(D))
+        chunk = max(min(TURN_STEPS, TURN_TOKENS // dilation), 1) * dilation
         chunks = ceil_div(N, chunk)
-        lag = min(ceil_div(ahead, chunk), chunks - 1)
-        tickets = (chunks + lag) * (chunk // run + dilation * ceil_div(D, block))
+        lag = min(ceil_div(TURN_TOKENS, chunk), chunks - 1)
+        tickets = (chunks + lag) * (chunk + dilation * ceil_div(D, block))
+        resident, registers = (12, 168) if warps <= 4 else (16, 128)
         programs = min(machine(device).processors * resident // warps, tickets)
-        return cls(chunk, run, lag, block, chunks, tickets, programs, registers)
+        return cls(chunk, lag, block, tickets, programs, registers)
 
 
 class Row(NamedTuple):
