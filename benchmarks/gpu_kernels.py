@@ -3,7 +3,7 @@
 Peers are each kernel's reference in plain torch, the same under `torch.compile`, and `tile-kernels` where it imports
 (it has the hash and the gate without convolution). Every call starts with a cold L2 cache, its launches queued behind a
 pause of the device, so that the host's time does not count; sides alternate, and the median counts. Bytes that a design
-moves beyond the least (a second pass, a halo) lower its rate: `moved` says how many times the least they are. The rate
+moves beyond the least (a second pass) lower its rate: `moved` says how many times the least they are. The rate
 is that of a copy of 2 GiB; a copy of no more bytes than a kernel must move takes longer for each (`as large`).
 `python benchmarks/gpu_kernels.py`
 """
@@ -110,7 +110,6 @@ def hash_cases(D: int, N: int) -> Iterator[Case]:
 def fusion_cases(D: int, N: int) -> Iterator[Case]:
     from engram.kernels.triton.fusion_backward import fuse_memory_backward_triton
     from engram.kernels.triton.fusion_forward import fuse_memory_triton
-    from engram.kernels.triton.launch import Walk
 
     M, row = BRANCHES, 2 * D * N
     shape = (N // SEQUENCE, SEQUENCE)
@@ -119,15 +118,11 @@ def fusion_cases(D: int, N: int) -> Iterator[Case]:
     query, key, norm = (1 + 0.1 * torch.randn(M, D, **BF16) for _ in range(3))
     weight = torch.randn(TAPS, M, D, **BF16)
     settings = [EPS, True, DILATION, True]
-    halo = (TAPS - 1) * DILATION / Walk.of(N, M, D, hidden.element_size(), hidden.device).segment
-    for name, convolution, forward, backward in (
-        ("gate", [None, None], 3 * M + 1, 5 * M + 2),
-        ("gate + conv", [norm, weight], 3 * M + 1 + (2 * M + 1) * halo, 6 * M + 5),
-    ):
+    for name, convolution, backward in (("gate", [None, None], 5 * M + 2), ("gate + conv", [norm, weight], 6 * M + 5)):
         inputs = [hidden, kv, query, key, *convolution, None, None, None]
         tiles = tile_gate(hidden, kv, query, key, grad) if name == "gate" else ("-", "-")
         made = sides(fuse_memory_triton, fusion.fuse_memory_reference, [*inputs, *settings])
-        yield Case(f"{name}, forward", D, N, (3 * M + 1) * row, int(forward * row), **made, tile=tiles[0])
+        yield Case(f"{name}, forward", D, N, (3 * M + 1) * row, (3 * M + 1) * row, **made, tile=tiles[0])
         _, alpha, stats = fuse_memory_triton(*inputs, *settings)
         arguments = [grad, None, *inputs, alpha, stats, *settings]
         made = sides(fuse_memory_backward_triton, fusion.fuse_memory_backward_reference, arguments)

@@ -1,22 +1,11 @@
 """`fuse_memory` for CUDA, in Triton (equations and reference: engram/kernels/fusion.py).
 
-Gates are sums over all of D, known before anything can be written, and taps need the scales of earlier tokens. So each
-program walks along time, over a segment, in steps of a few tokens: it reads h, k and v for a step's gates, then h and v
-again, which it finds in the cache, for the step's results. Taps find their scales on the program's own shelf, where it
-put them earlier in its walk. Only before its first token there is a halo, of (taps - 1) dilation tokens of the same
-sequence, whose scales it computes as well, rather than wait for the program whose tokens they are: no program reads
-what another one writes.
+Bytes, in rows of D numbers, of which a token has M in `hidden`, M + 1 in `kv` and M in the result: 3 M + 1 must move,
+and that is what moves. Gates are sums over all of D, known before anything can be written, so that h and v are read
+twice, the second time from a cache, in one launch:
 
-Bytes, in rows of D numbers, of which a token has M in `hidden`, M + 1 in `kv` and M in the result: 3 M + 1 must move.
-The walk moves that, and (2 M + 1) halo / segment. One program of 16 warps stays on each processor, so that segments are
-as long as can be: 9 tokens before 32, 64, 128 or 256 (4,096 to 32,768 tokens on an H100's 132 processors), for M = 4
-1.20, 1.10, 1.05 and 1.02 times the least.
-
-What must stay in the L2 cache meanwhile are the h and v of one step of each program, (M + 1) D numbers a token: at a
-step of 8 tokens in bfloat16, 27 MB for D = 2560 and 43 MB for D = 4096, of an H100's 50 MB, and about half of that on
-average, as half of the programs have used up what they read. k and the results are marked to leave the cache first.
-Steps are as long as that allows, since each reads all weights from L2: 4 M D numbers of taps, for 8 tokens about as
-many as the tokens' own h.
+    no convolution    a token's program finds them in the L1 cache                        fusion_forward_tokens.py
+    convolution       other programs find them in the L2 cache, some 200 tokens later     fusion_forward_taps.py
 """
 
 from __future__ import annotations

@@ -43,20 +43,6 @@ def links_of(documents, document, n, valid, T, past, TAPS: tl.constexpr, DILATIO
 
 
 @triton.jit
-def seen_values(kv, past_values, n, link, bit, back, d, d_in, T, past, M: tl.constexpr, D: tl.constexpr):
-    """The values [tokens, width] that tap number `bit` sees, 0 without a link."""
-    here = ((link >> bit) & 1) != 0
-    at = ((n.to(tl.int64) - back) * ((M + 1) * D) + M * D)[:, None] + d[None, :]
-    v = tl.load(kv + at, mask=here[:, None] & d_in[None, :], other=0.0).to(tl.float32)
-    if past_values is not None:
-        before = ((link >> (bit + 16)) & 1) != 0
-        slot = (n // T).to(tl.int64) * past + past + n % T - back
-        held = tl.load(past_values + slot[:, None] * D + d[None, :], mask=before[:, None] & d_in[None, :], other=0.0)
-        v += held.to(tl.float32)
-    return v
-
-
-@triton.jit
 def seen_scale(scales, past_scales, n, at, link, bit, back, m, T, past, M: tl.constexpr):
     """The scales of what tap number `bit` sees in branch m, 0 without a link; `scales` has those of n in rows `at`."""
     s = tl.load(scales + (at - back) * M + m, mask=((link >> bit) & 1) != 0, other=0.0)
