@@ -1,10 +1,10 @@
 """`fuse_memory` with its convolution, in one launch (reference: engram/kernels/fusion.py).
 
 Results of a block of channels need gates, which are sums over all channels, and the scales of earlier tokens. So there
-are two kinds of work: the gates of a token, and the results of a block of channels over a chunk of tokens, which
-finds h and v in the L2 cache, where the gates have left them. Programs draw tickets, numbered in the order in which
-work is to begin: chunk by chunk, the results of a chunk some chunks after its gates. Before results, a program waits
-until as many gates have been stored as its chunk has, which can't be forever: their tickets were drawn before its own.
+are two kinds of work: the gates of a token, and the results of a block of channels over a chunk of tokens, which finds
+h and v in the L2 cache, where the gates have left them. Programs draw tickets, numbered in the order in which work is
+to begin: chunk by chunk, the results of a chunk some chunks after its gates. Before results, a program waits until as
+many gates have been stored as its chunk has, which can't be forever: their tickets were drawn before its own.
 
 Atomics order the work and enter no number: the same inputs give the same bits.
 """
@@ -46,8 +46,8 @@ def _results(
     """alpha v + SiLU(convolution), and h, of the channels from d0 of token n and every DILATION-th after it, before
     `end`."""
     PART: tl.constexpr = BLOCK // THREADS
-    # What all channels share is loaded by each thread, from addresses that as far as the compiler knows differ: else it
-    # keeps these numbers in registers that warps share, into which a load goes only by a move that waits for it.
+    # What all channels share each thread loads for itself, from addresses that differ as far as the compiler knows, as
+    # `zero` might be any number: else these numbers go to registers that a warp shares, by moves that wait for them.
     thread = tl.arange(0, THREADS)
     links, scales, alpha = links + thread * zero, scales + thread * zero, alpha + thread * zero
     d = d0 + thread[:, None] * PART + tl.arange(0, PART)[None, :]

@@ -1,9 +1,9 @@
 """Gates of `fuse_memory`, and all of it without a convolution, token by token (reference: engram/kernels/fusion.py).
 
-Gates are sums over all of D, known before anything can be written. A program takes a token, each of its warps
-a branch: so a warp has all that its sums need, and waits for no other. It reads its rows of h and k, and v, which the
-branches share in the L1 cache, then h and v once more, from there. Many programs on a processor keep device memory busy
-while some are at their second reading.
+Gates are sums over all of D, known before anything can be written. A program takes a token, each of its warps a branch:
+so a warp has all that its sums need, and waits for no other. It reads its rows of h and k, and v, which the branches
+share in the L1 cache, then h and v once more, from there. Many programs on a processor keep device memory busy while
+some are at their second reading.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
