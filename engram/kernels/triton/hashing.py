@@ -16,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from engram.kernels.triton.launch import ceil_div, dense
+from engram.kernels.triton.rows import copy_rows, rows_at_once
 
 
 @triton.jit(do_not_specialize=["N", "T", "past", "pad_id", "eos_id"])
 def _hash_kernel(
     ids, documents, moduli, offsets, multipliers, orders, table, rows, gathered, N, T, past, pad_id, eos_id,
     H: tl.constexpr, HEADS: tl.constexpr, REACH: tl.constexpr, W: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows of a block of tokens and, given a table, what they hold."""
     n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -50,11 +51,14 @@ def _hash_kernel(
     both = valid[:, None] & h_in[None, :]
     tl.store(rows + cell, row, mask=both)
     if table is not None:
-        for w0 in tl.static_range(0, W, WIDTH):
-            w = w0 + tl.arange(0, WIDTH)
-            mask = both[:, :, None] & (w < W)[None, None, :]
-            held = tl.load(table + row[:, :, None] * W + w[None, None, :], mask=mask, other=0.0)
-            tl.store(gathered + cell[:, :, None] * W + w[None, None, :], held, mask=mask)
+        # Read back what was just stored: a row's number, a slow 64-bit remainder, would else be computed by every
+        # thread that copies a part of the row.
+        tl.debug_barrier()
+        first = tl.program_id(0).to(tl.int64) * TOKENS * H
+        end = tl.minimum(first + TOKENS * H, N.to(tl.int64) * H)
+        for _ in range(0, TOKENS * H, ROWS):
+            copy_rows(table, rows, gathered, first, end, W, ROWS, WIDTH)
+            first += ROWS
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,13 +87,13 @@ def _hash(
     if not rows.numel():
         return rows, gathered
     columns = triton.next_power_of_2(H)
-    width = min(triton.next_power_of_2(max(W, 1)), 128)
-    tokens = max(2048 // (columns * width), 1) if W else max(256 // columns, 1)
+    tokens = max(128 // columns, 1)
+    width, at_once = rows_at_once(max(W, 1))
     _hash_kernel[(ceil_div(B * T, tokens),)](
         ids.contiguous(), dense(documents), moduli.contiguous(), offsets.contiguous(),
         _constants(tuple(multipliers), ids.device), _constants(tuple(orders), ids.device), dense(table), rows, gathered,
         B * T, T, past, pad_id, eos_id,
-        H=H, HEADS=H // len(orders), REACH=max(orders), W=W, TOKENS=tokens, COLUMNS=columns, WIDTH=width, num_warps=4,
+        H=H, HEADS=H // len(orders), REACH=max(orders), W=W, TOKENS=tokens, COLUMNS=columns, ROWS=at_once, WIDTH=width, num_warps=4,
     )  # fmt: skip
     return rows, gathered
 

@@ -104,11 +104,13 @@ def test_hashing(compiled: list[Any]) -> None:
 def test_rows(dtype: torch.dtype, compiled: list[Any]) -> None:
     grads = torch.randn(300, 80).to(dtype)
     rows.combine_rows_triton(torch.zeros(300, dtype=torch.int64), grads)
-    assert len(compiled) == 3
+    assert len(compiled) == 4
     table, numbers = torch.randn(9, 80).to(dtype), torch.arange(9)
     for beta1, kept in ((0.9, 161), (0.0, 2)):
         rows.row_adam_triton_(table, torch.zeros(9, kept), numbers, grads[:9], 1, 0.1, beta1, 0.95, 1e-8, 3)
-    assert len(compiled) == 5
+    assert len(compiled) == 6
+    rows.gather_rows_triton(table, numbers)
+    assert len(compiled) == 7
 
 
 def test_rows_picked_from_elsewhere(compiled: list[Any]) -> None:
