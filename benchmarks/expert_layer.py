@@ -130,7 +130,8 @@ def their_blocks(
 
 def our_experts(moe: MoE, batch: Batch) -> Tensor:
     """Ours, which wants the loads too; the others count for themselves."""
-    load_E = torch.bincount(batch.experts_NK.flatten(), minlength=moe.config.n_experts)
+    chosen = batch.experts_NK.flatten()  # counted by a scatter, as the router does: bincount waits for a GPU
+    load_E = chosen.new_zeros(moe.config.n_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
     return grouped_swiglu(
         batch.x_ND, batch.experts_NK, batch.weights_NK, load_E, moe.experts.w_gate_up, moe.experts.w_down
     )

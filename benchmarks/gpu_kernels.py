@@ -3,7 +3,8 @@
 Peers are each kernel's reference in plain torch, the same under `torch.compile`, and `tile-kernels` where it imports
 (it has the hash and the gate without convolution). Every call starts with a cold L2 cache, its launches queued behind a
 pause of the device, so that the host's time does not count; sides alternate, and the median counts. Bytes that a design
-moves beyond the least (a second pass, a halo) lower its rate: `moved` says how many times the least they are.
+moves beyond the least (a second pass, a halo) lower its rate: `moved` says how many times the least they are. The rate
+is that of a copy of 2 GiB; a copy of no more bytes than a kernel must move takes longer for each (`as large`).
 `python benchmarks/gpu_kernels.py`
 """
 
@@ -19,7 +20,8 @@ import torch
 from harness import alternate_on_gpu, copy_rate, gpu_hardware, store
 from torch import Tensor
 
-from engram.kernels import fusion, hashing, rows, swiglu
+from engram.kernels import fusion, hashing, loss, norm, rows
+from engram.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
 HIDDEN = (2560, 4096)
 TOKENS = (4096, 8192, 16384, 32768)
@@ -28,6 +30,8 @@ TAPS, DILATION, EPS = 4, 3, 1e-5
 ORDERS, HEADS = [2, 3], 16
 TABLE_ROWS = 2_000_000
 EXPERTS_PER_TOKEN, EXPERT_WIDTH = 8, 768
+HEAD_WIDTH, BESIDE = 128, 8  # channels of a query head; heads of keys and values that lie beside a token's queries
+CHUNK_LOGITS = 2**26  # as in the loss of a model
 SEQUENCE = 4096
 COMPILE_LIMIT = 64
 BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
@@ -185,12 +189,56 @@ def swiglu_cases(D: int, N: int) -> Iterator[Case]:
 
     P, F = N * EXPERTS_PER_TOKEN, EXPERT_WIDTH
     x, g, w = torch.randn(P, 2 * F, **BF16), torch.randn(P, F, **BF16), torch.rand(P, device="cuda")
-    made = sides(swiglu_triton, swiglu.swiglu_reference, [x, w])
+    made = sides(swiglu_triton, swiglu_reference, [x, w])
     least = P * (6 * F + 4)
     yield Case("SwiGLU, forward", D, N, least, least, **made, tile="-")
-    made = sides(swiglu_backward_triton, swiglu.swiglu_backward_reference, [g, x, w])
+    made = sides(swiglu_backward_triton, swiglu_backward_reference, [g, x, w])
     least = P * (10 * F + 8)
     yield Case("SwiGLU, backward", D, N, least, least, **made, tile="-")
+
+
+def norm_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.norm import rms_norm_backward_triton, rms_norm_triton
+
+    x, grad, weight = torch.randn(N, D, **BF16), torch.randn(N, D, **BF16), torch.randn(D, device="cuda")
+    least = N * (4 * D + 4)
+    made = sides(rms_norm_triton, norm.rms_norm_reference, [x, weight, EPS])
+    yield Case("RMSNorm, forward", D, N, least, least, **made, tile="-")
+    arguments = [grad, x, weight, rms_norm_triton(x, weight, EPS)[1]]
+    least = N * (6 * D + 4)
+    made = sides(rms_norm_backward_triton, norm.rms_norm_backward_reference, arguments)
+    yield Case("RMSNorm, backward", D, N, least, least, **made, tile="-")
+
+
+def rotate_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.rotate import norm_rotate_backward_triton, norm_rotate_triton
+
+    H, shape = D // HEAD_WIDTH, (N // SEQUENCE, SEQUENCE)
+    x = torch.randn(*shape, H + BESIDE, HEAD_WIDTH, **BF16)[:, :, :H]
+    grad, weight = torch.randn(*shape, H, HEAD_WIDTH, **BF16), torch.randn(HEAD_WIDTH, device="cuda")
+    angles = 100 * torch.rand(SEQUENCE, HEAD_WIDTH // 2, device="cuda")
+    inputs, both = [x, weight, angles.cos(), angles.sin()], 8 * angles.numel()
+    least = N * H * (4 * HEAD_WIDTH + 4) + both
+    made = sides(norm_rotate_triton, norm.norm_rotate_reference, [*inputs, EPS])
+    yield Case("norm + rotate, forward", D, N, least, least, **made, tile="-")
+    arguments = [grad, *inputs, norm_rotate_triton(*inputs, EPS)[1]]
+    least = N * H * (6 * HEAD_WIDTH + 4) + both
+    made = sides(norm_rotate_backward_triton, norm.norm_rotate_backward_reference, arguments)
+    yield Case("norm + rotate, backward", D, N, least, least, **made, tile="-")
+
+
+def loss_cases(D: int, N: int) -> Iterator[Case]:
+    from engram.kernels.triton.loss import cross_entropy_triton_
+
+    V = 32768 if D < 4096 else 151936
+    chunk = min(N, CHUNK_LOGITS // V)
+    logits, targets = torch.randn(chunk, V, **BF16), torch.randint(V, (chunk,), device="cuda")
+    least = chunk * (4 * V + 12)
+    made = sides(cross_entropy_triton_, loss.cross_entropy_reference_, [logits, targets])
+    yield Case(f"cross-entropy of {V}", D, chunk, least, least, **made, tile="-", checked=False)
+
+
+CASES = (hash_cases, fusion_cases, row_cases, swiglu_cases, norm_cases, rotate_cases, loss_cases)
 
 
 # the table
@@ -218,13 +266,14 @@ COLUMNS = (
     "ours us",
     "GB/s",
     "of copy",
+    "as large",
     "moved",
     "eager",
     "compiled",
     "tile-kernels",
     "differs",
 )
-WIDTHS = (27, 6, 6, 8, 6, 7, 6, 7, 8, 12, 8)
+WIDTHS = (27, 6, 6, 8, 6, 7, 8, 6, 7, 8, 12, 8)
 
 
 def line(cells: tuple[object, ...]) -> str:
@@ -235,15 +284,19 @@ def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
     """Measure a case, print its line and return what the line says."""
     differs = difference(case)
     torch.cuda.empty_cache()
+    source = torch.randint(0, 255, (case.least // 2,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
     calls: dict[str, Call | str] = {
         "ours": case.ours,
+        "copy": lambda: target.copy_(source),
         "eager": case.eager,
         "compiled": case.compiled,
         "tile": case.tile,
     }
     seconds = alternate_on_gpu(calls, rounds)
-    ours = seconds["ours"]
+    ours, copy = seconds["ours"], seconds.pop("copy")
     assert isinstance(ours, float)
+    assert isinstance(copy, float)
     reached = case.least / ours
     ratios = {name: s / ours if isinstance(s, float) else s for name, s in seconds.items() if name != "ours"}
     cells = [f"{r:.2f}x" if isinstance(r, float) else r for r in ratios.values()]
@@ -257,6 +310,7 @@ def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
                 f"{ours * 1e6:.1f}",
                 f"{reached / 1e9:.0f}",
                 f"{reached / rate:.1%}",
+                f"{copy / ours:.1%}",
                 f"{moved:.2f}x",
                 *cells,
                 f"{differs:.1e}" if isinstance(differs, float) else differs,
@@ -271,6 +325,7 @@ def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
         "least_bytes": case.least,
         "moved_over_least": moved,
         "of_copy_rate": reached / rate,
+        "of_copy_as_large": copy / ours,
         "seconds": seconds,
         "ratios": ratios,
         "differs": differs,
@@ -280,6 +335,7 @@ def measure(case: Case, rate: float, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewest tokens and few rounds")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
@@ -306,11 +362,11 @@ def main() -> None:
     results = []
     for D in arguments.hidden:
         for N in arguments.tokens[:1] if arguments.quick else arguments.tokens:
-            for cases in (hash_cases, fusion_cases, row_cases, swiglu_cases):
+            for cases in CASES:
                 chosen = (case for case in cases(D, N) if arguments.only in case.kernel)
                 if arguments.no_compile:
                     chosen = (case._replace(compiled="-") for case in chosen)
-                results += [measure(case, rate, 5 if arguments.quick else 20) for case in chosen]
+                results += [measure(case, rate, 5 if arguments.quick else arguments.rounds) for case in chosen]
                 torch.cuda.empty_cache()
     for name in dict.fromkeys(row["kernel"] for row in results):
         parts = [row["of_copy_rate"] for row in results if row["kernel"] == name]

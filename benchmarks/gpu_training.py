@@ -43,6 +43,7 @@ HYBRID: dict[str, Any] = {
         "table_dtype": "bfloat16", "compress": False,
     },
 }  # fmt: skip
+Loss = Callable[[EngramLM, Tensor, Tensor | None], Tensor]
 OPTIM = OptimConfig(matrix_optimizer="adamw", lr=3e-4, table_beta1=0.0, table_second_moment="row")
 
 
@@ -72,15 +73,11 @@ class Trainer:
         materialize(self.model, self.device, 0)
         self.optimizer = build_optimizer(self.model, OPTIM)
         self.weights = 1 / torch.arange(1.0, config.vocab_size + 1, device=self.device)
-        self.loss_of: Callable[[Tensor, Tensor | None], Tensor] = self._loss
+        self.loss_of: Loss = loss_of
 
     def compile(self) -> None:
         """Go on in compiled code."""
-        self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False)
-
-    def _loss(self, ids: Tensor, documents: Tensor | None) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
-            return mean_loss(self.model.run(ids[:, :-1], documents).hidden, self.model.head_weight, ids[:, 1:])
+        self.loss_of = torch.compile(loss_of, fullgraph=True, dynamic=False)
 
     def draw(self) -> tuple[Tensor, Tensor | None]:
         """Ids `[B, T + 1]`, and documents `[B, T]`."""
@@ -90,45 +87,36 @@ class Trainer:
             return ids, None
         return ids, (torch.rand(B, T, device=self.device) < 1 / self.document).long().cumsum(1)
 
-    def micro_batch(self) -> Tensor:
-        """Forward and backward of one."""
-        loss = self.loss_of(*self.draw())
-        loss.backward()
-        return loss.detach()
-
-    def update(self) -> None:
-        """Move the weights by what the micro-batches gave."""
+    def step(self, micro_batches: int) -> Tensor:
+        """Forward and backward of each, and an update; the loss of the last."""
+        for _ in range(micro_batches):
+            loss = self.loss_of(self.model, *self.draw())
+            loss.backward()
         clip_gradients(self.model, OPTIM.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
-    def seconds(self, part: Callable[[], object]) -> float:
-        """Of one call, the device's work included."""
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        part()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+
+def loss_of(model: EngramLM, ids: Tensor, documents: Tensor | None) -> Tensor:
+    """Of ids `[B, T + 1]`, under autocast."""
+    with torch.autocast("cuda", torch.bfloat16):
+        return mean_loss(model.run(ids[:, :-1], documents).hidden, model.head_weight, ids[:, 1:])
 
 
 def measure(trainer: Trainer, rounds: int) -> dict[str, float]:
-    """Medians of a micro-batch's and an update's seconds, and the last loss."""
-    loss = torch.zeros(())
-    passes, updates = [], []
-    for number in range(rounds + 1):
-        times = [trainer.seconds(trainer.micro_batch) for _ in range(3)]
-        update = trainer.seconds(trainer.update)
-        if number:  # the first round warms up
-            passes += times
-            updates.append(update)
-    loss = trainer.micro_batch()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    return {
-        "micro_batch_s": statistics.median(passes),
-        "update_s": statistics.median(updates),
-        "loss": float(loss),
-        "peak_bytes": float(torch.cuda.max_memory_allocated()),
-    }
+    """Median seconds of a step, after one short one that warms up; the last loss; and the most memory held."""
+    torch.cuda.reset_peak_memory_stats()
+    trainer.step(2)
+    seconds = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = trainer.step(trainer.micro_batches)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated()
+    return {"step_s": statistics.median(seconds), "loss": float(loss), "peak_bytes": float(peak)}
 
 
 def profile(trainer: Trainer) -> str:
@@ -136,12 +124,10 @@ def profile(trainer: Trainer) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    trainer.micro_batch()
-    trainer.update()
+    trainer.step(1)
     torch.cuda.synchronize()
     with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-        trainer.micro_batch()
-        trainer.update()
+        trainer.step(1)
         torch.cuda.synchronize()
     return str(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90))
 
@@ -149,11 +135,11 @@ def profile(trainer: Trainer) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=models(), default=list(models()))
-    parser.add_argument("--shape", type=int, nargs=2, default=(4, 2048), help="B and T of a micro-batch")
+    parser.add_argument("--shape", type=int, nargs=2, default=(8, 2048), help="B and T of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=16, help="to an optimiser step")
     parser.add_argument("--documents", type=int, nargs="+", default=(0, 512), help="mean lengths; 0: one to a row")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", help="write where the time goes to this file, and measure nothing")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -166,8 +152,8 @@ def main() -> None:
     B, T = arguments.shape
     print(f"{machine['gpu']}: {rate / 1e12:.0f} TFLOP/s in a dense bfloat16 product; {arguments.micro_batches} "
           f"micro-batches of {B} x {T} tokens to a step")  # fmt: skip
-    print(f"{'model':>10} {'mode':>9} {'document':>9} {'tokens/s':>9} {'of rate':>8} {'pass ms':>8} {'update ms':>9} "
-          f"{'GiB':>6} {'loss':>6}")  # fmt: skip
+    print(f"{'model':>10} {'mode':>9} {'document':>9} {'tokens/s':>9} {'of rate':>8} {'step ms':>8} {'GiB':>6} "
+          f"{'loss':>6}")  # fmt: skip
     for name in arguments.models:
         config = models()[name]
         flops = training_flops(config, T)
@@ -179,14 +165,12 @@ def main() -> None:
             for mode in arguments.modes:
                 if mode == "compiled":
                     trainer.compile()
-                torch.cuda.reset_peak_memory_stats()
                 found = measure(trainer, arguments.rounds)
-                step = arguments.micro_batches * found["micro_batch_s"] + found["update_s"]
-                tokens_per_s = arguments.micro_batches * B * T / step
+                tokens_per_s = arguments.micro_batches * B * T / found["step_s"]
                 of_rate = tokens_per_s * flops / rate
                 print(f"{name:>10} {mode:>9} {document:>9} {tokens_per_s:>9,.0f} {of_rate:>8.1%} "
-                      f"{found['micro_batch_s'] * 1e3:>8.1f} {found['update_s'] * 1e3:>9.1f} "
-                      f"{found['peak_bytes'] / 2**30:>6.1f} {found['loss']:>6.3f}", flush=True)  # fmt: skip
+                      f"{found['step_s'] * 1e3:>8.1f} {found['peak_bytes'] / 2**30:>6.1f} {found['loss']:>6.3f}",
+                      flush=True)  # fmt: skip
                 rows.append({"model": name, "mode": mode, "document": document, "tokens_per_s": tokens_per_s,
                              "of_rate": of_rate, "flops_per_token": flops, **found})  # fmt: skip
             del trainer

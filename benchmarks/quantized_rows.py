@@ -11,7 +11,7 @@ import argparse
 
 import torch
 from harness import hardware, store
-from offloaded_tables import text_ids
+from offloading.words import text_ids
 from torch import Tensor
 
 from engram import EngramLM, GQAConfig, MemoryConfig, ModelConfig

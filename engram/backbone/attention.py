@@ -6,13 +6,15 @@ positions alone, angles and mask, is made once per forward pass and shared by al
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from engram.backbone.norm import RMSNorm
-from engram.backbone.positions import BlockCache, Places, Positions
+from engram.backbone.positions import BlockCache, Documents, Places, Positions
 from engram.config import GQAConfig, MLAConfig
 from engram.kernels import attention, has_attention, norm_rotate
 
@@ -153,24 +155,57 @@ def _turn(heads: Tensor, at: Positions | Places, norm: RMSNorm | None = None) ->
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
     """Softmax attention of heads `[B, T, h, c]`; values may be narrower than queries and keys."""
+    documents = positions.documents
     with torch.autocast(v.device.type, enabled=False):
         if has_attention(v.device.type):
-            return attention(q, k, v, positions.starts)
+            return attention(q, k, v, None if documents is None else documents.starts())
         # Heads of unequal width have no memory-saving kernel; zeros beside the values change nothing.
         padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
-        mask, grouped = positions.mask, k.shape[2] < q.shape[2]
-        q, k, padded = (x.to(v.dtype).transpose(1, 2) for x in (q, k, padded))
-        y = F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, enable_gqa=grouped)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if documents is not None and _packs(q):
+            return _attend_packed(q, k, padded, documents)[..., : v.shape[-1]]
+        mask, each = None if documents is None else documents.mask(), q.shape[2] // k.shape[2]
+        if mask is not None and each > 1:  # with a mask, CUDA's kernels take as many keys as queries or keep all scores
+            k, padded, each = k.repeat_interleave(each, 2), padded.repeat_interleave(each, 2), 1
+        q, k, padded = (x.transpose(1, 2) for x in (q, k, padded))
+        y = F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, enable_gqa=each > 1)
         return y[..., : v.shape[-1]].transpose(1, 2)
+
+
+def _packs(q: Tensor) -> bool:
+    """Whether flash attention takes documents of unequal length here: each is attended to alone, with no mask.
+
+    Not in compiled graphs, whose shapes can't depend on how many documents there are.
+    """
+    low = q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type == "cuda" and low and q.shape[-1] % 8 == 0 and not torch.compiler.is_compiling()
+
+
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """As `_attend`, of heads of one type and width, document by document."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1:  # torch 2.11 knows no groups of query heads here
+        k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    q_flat, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    bounds, longest = documents.bounds()
+    y = cast(Tensor, varlen_attn(q_flat, k, v, bounds, bounds, longest, longest, window_size=(-1, 0)))
+    return y.view(*q.shape[:3], -1)
 
 
 def _attend_to(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None) -> Tensor:
     """Softmax attention of `[B, T, h, c]` on what is kept, keys and values `[B, S, g, c]` of any type, where visible
     `[B, 1, T, S]`; in the type of `q`."""
     with torch.autocast(v.device.type, enabled=False):
-        q, k, v = (x.to(q.dtype).transpose(1, 2) for x in (q, k, v))
-        grouped = k.shape[1] < q.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=grouped).transpose(1, 2)
+        T, g = q.shape[1], k.shape[2]
+        each = q.shape[2] // g
+        # Queries that share a key stand below each other, as if they were more tokens: no key is repeated for them.
+        q = rearrange(q, "B T (g each) c -> B g (T each) c", g=g)
+        visible = visible.unsqueeze(3).expand(-1, -1, -1, each, -1).flatten(2, 3)
+        k, v = (x.to(q.dtype).transpose(1, 2) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, visible, scale=scale)
+        return rearrange(y, "B g (T each) c -> B T (g each) c", T=T)
 
 
 Attention = GroupedQueryAttention | MultiHeadLatentAttention

@@ -13,20 +13,60 @@ from torch import Tensor
 
 from engram.backbone.rope import rotations
 from engram.config import GQAConfig, MLAConfig
-from engram.kernels import has_attention
+
+
+class Documents:
+    """Documents that are packed into the rows of a batch, given by ids `[B, T]`, as kernels of attention want them.
+
+    Each form is made when a block first asks for it, and kept for the others.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+        self._starts: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._bounds: tuple[Tensor, int] | None = None
+
+    def starts(self) -> Tensor:
+        """The first position that each one sees, the start of its document, `[B, T]`."""
+        if self._starts is None:
+            own = torch.arange(self.ids.shape[1], device=self.ids.device)
+            self._starts = torch.where(self._begins(), own, 0).cummax(1).values
+        return self._starts
+
+    def mask(self) -> Tensor:
+        """Which positions each one sees, `[B, 1, T, T]`."""
+        if self._mask is None:
+            T = self.ids.shape[1]
+            same = self.ids[:, :, None] == self.ids[:, None, :]
+            self._mask = (same & torch.ones(T, T, dtype=torch.bool, device=self.ids.device).tril()).unsqueeze(1)
+        return self._mask
+
+    def bounds(self) -> tuple[Tensor, int]:
+        """Where documents begin in all rows one after the other, and the end, `[n + 1]` (int32); and the longest.
+
+        The host waits for the device here, as how many there are is seen in the data alone.
+        """
+        if self._bounds is None:
+            begins = self._begins().index_fill(1, self.ids.new_zeros(1), True).flatten().nonzero().squeeze(1)
+            bounds = F.pad(begins, (0, 1), value=self.ids.numel()).int()
+            self._bounds = bounds, int(bounds.diff().max())
+        return self._bounds
+
+    def _begins(self) -> Tensor:
+        return F.pad(self.ids[:, 1:] != self.ids[:, :-1], (1, 0))
 
 
 class Positions(NamedTuple):
-    """Rotation angles `[T, dim / 2]`, and what each position may see: all from `starts` `[B, T]` up to itself, and the
-    same as a mask `[B, 1, T, T]` where a mask is needed (None: all earlier positions of the row).
+    """Rotation angles `[T, dim / 2]`, and what each position may see: its document up to itself (None: all of the row
+    up to itself).
 
     query_scale: of queries of which but a part is turned (latent attention); what is turned grows by its angles.
     """
 
     cos: Tensor
     sin: Tensor
-    starts: Tensor | None
-    mask: Tensor | None
+    documents: Documents | None
     query_scale: float
 
 
@@ -48,18 +88,9 @@ def angles_of(positions: Tensor, config: GQAConfig | MLAConfig) -> tuple[Tensor,
 
 
 def positions_of(token_ids: Tensor, document_ids: Tensor | None, config: GQAConfig | MLAConfig) -> Positions:
-    """Angles and mask for ids `[B, T]`: a token sees its own document's tokens up to itself."""
-    T, device = token_ids.shape[1], token_ids.device
-    cos, sin, query_scale = angles_of(torch.arange(T, device=device), config)
-    if document_ids is None:
-        return Positions(cos, sin, None, None, query_scale)
-    if has_attention(device.type):
-        changes = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-        starts = torch.where(changes, torch.arange(T, device=device), 0).cummax(1).values
-        return Positions(cos, sin, starts, None, query_scale)
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    return Positions(cos, sin, None, (same & causal).unsqueeze(1), query_scale)
+    """Angles and documents for ids `[B, T]`: a token sees its own document's tokens up to itself."""
+    cos, sin, query_scale = angles_of(torch.arange(token_ids.shape[1], device=token_ids.device), config)
+    return Positions(cos, sin, None if document_ids is None else Documents(document_ids), query_scale)
 
 
 class Places(NamedTuple):

@@ -1,8 +1,8 @@
 """The product of groups of tokens with their experts: lay tokens out by expert, multiply, put them back.
 
-On the CPU one kernel does it all. Elsewhere a token has K known places in the layout, so moves are gathers both ways,
-forward and backward, and nothing is scattered or dropped; which product is used, and how far groups are padded, was
-settled by timing: see `_product_for`.
+Where a device has a kernel for these sizes, that does it all. Elsewhere a token has K known places in the layout, so
+moves are gathers both ways, forward and backward, and nothing is scattered or dropped; which product is used, and how
+far groups are padded, was settled by timing: see `_product_for`.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def grouped_swiglu(
         load_E: how often each expert was chosen.
         w_gate_up: `[E, D, 2F]`, gate first. w_down: `[E, F, D]`.
     """
-    if has_grouped_swiglu(x_ND.device.type, x_ND.dtype):
+    if has_grouped_swiglu(x_ND.device.type, x_ND.dtype, w_down.shape[2], w_down.shape[1]):
         layout = lay_out(experts_NK, load_E, 1)
         return by_kernel(x_ND, weights_NK, layout.place_NK, layout.copy_P, layout.ends_E, w_gate_up, w_down)
     w_gate_up, w_down = w_gate_up.to(x_ND.dtype), w_down.to(x_ND.dtype)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from engram.config import MoEConfig
 from engram.kernels import load_kernels, route, router_logits, scores_of
-from engram.tensors import widen
 
 
 class RoutingStats(NamedTuple):
@@ -50,10 +49,9 @@ class Router(nn.Module):
         """Hidden states `[B, T, d]` -> experts `[B, T, K]` (int64), their weights `[B, T, K]` and the statistics."""
         config = self.config
         device = x_BTD.device.type
-        low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
         with torch.autocast(device, enabled=False):
-            x_ND = widen(x_BTD).flatten(0, 1)
-            logits = router_logits(x_ND, self.weight.to(x_ND.dtype), low)
+            logits = router_logits(x_BTD.flatten(0, 1), self.weight, dtype == torch.bfloat16)
         sigmoid = config.score == "sigmoid"
         routed = route(
             logits,

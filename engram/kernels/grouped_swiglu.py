@@ -13,17 +13,22 @@ from torch.utils.flop_counter import register_flop_formula
 from engram.kernels.library import LIBRARY, define
 from engram.kernels.native import load_native
 from engram.kernels.swiglu import swiglu_backward_reference
+from engram.kernels.triton import register as load_triton
 from engram.tensors import widen
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 _AMX = torch.cpu._is_amx_tile_supported()
 
 
-def has_grouped_swiglu(device: str, dtype: torch.dtype) -> bool:
-    """Whether a type of device has a kernel for `grouped_swiglu` in a type that is faster than products of groups.
+def has_grouped_swiglu(device: str, dtype: torch.dtype, D: int, width: int) -> bool:
+    """Whether a type of device has a kernel for `grouped_swiglu` in a type and these widths that is faster than
+    products of groups.
 
-    Where the processor has AMX tiles oneDNN multiplies bfloat16 several times as fast as our vectors would.
+    On the CPU, where the processor has AMX tiles, oneDNN multiplies bfloat16 several times as fast as our vectors
+    would. On CUDA the products are torch's, in bfloat16, of rows that are multiples of 16 bytes.
     """
+    if device == "cuda":
+        return dtype == torch.bfloat16 and D % 8 == width % 8 == 0 and load_triton()
     if device != "cpu" or dtype not in (torch.float32, torch.float64, torch.bfloat16) or not load_native():
         return False
     return dtype != torch.bfloat16 or not _AMX

@@ -18,17 +18,18 @@ def lay_out_reference(experts: Tensor, load: Tensor, multiple: int, worst: bool)
     padding_before = (ends - padded) - (load.cumsum(0) - load)
     rows = torch.arange(N * K, device=copies.device) + padding_before[expert_of_copy[copies]]
     place = torch.empty_like(copies).scatter(0, copies, rows)
-    P = _worst(N * K, E, multiple) if worst else int(ends[-1])
+    P = room_for(N * K, E, multiple) if worst else int(ends[-1])
     copy = torch.full((P,), N * K, device=copies.device).scatter(0, rows, copies)
     return place.view(N, K), copy, ends
 
 
-def _worst(copies: int, E: int, multiple: int) -> int:
+def room_for(copies: int, E: int, multiple: int) -> int:
+    """Rows that any choice of experts could need."""
     return (copies + E * (multiple - 1)) // multiple * multiple
 
 
 def _fake(experts: Tensor, load: Tensor, multiple: int, worst: bool) -> tuple[Tensor, Tensor, Tensor]:
-    P = _worst(experts.numel(), len(load), multiple) if worst else torch.library.get_ctx().new_dynamic_size()
+    P = room_for(experts.numel(), len(load), multiple) if worst else torch.library.get_ctx().new_dynamic_size()
     return experts.new_empty(experts.shape), experts.new_empty(P), load.new_empty(load.shape)
 
 

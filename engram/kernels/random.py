@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 2**18  # numbers at a time: what is computed with them should stay in cache
+_CHUNK_CPU = 2**18  # numbers at a time: what is computed with them should stay in cache
+_CHUNK = 2**24  # a GPU wants few and large operations
 
 
 def _int32(value: int) -> int:
@@ -42,7 +43,7 @@ def fill_normal_(table: Tensor, std: float, seed: int, first: int = 0, stride: i
     The normal distribution is inverted at multiples of 2^-24, so none is farther than 5.5 std from 0.
     """
     width = table.shape[1]
-    per_chunk = max(_CHUNK // width, 1)
+    per_chunk = max((_CHUNK_CPU if table.device.type == "cpu" else _CHUNK) // width, 1)
     for start in range(0, len(table), per_chunk):
         part = table[start : start + per_chunk]
         rows = first + stride * torch.arange(start, start + len(part), device=table.device)

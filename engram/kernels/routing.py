@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from engram.kernels.library import LIBRARY, define
 from engram.kernels.products import products_in
+from engram.tensors import widen
 
 
 def scores_of(logits: Tensor, sigmoid: bool) -> Tensor:
@@ -86,23 +87,27 @@ def _backward(ctx: Any, grad_weights: Tensor, *rest: Any) -> tuple[Tensor | None
 torch.library.register_autograd("engram::route", _backward, setup_context=_setup, lib=LIBRARY)
 
 
-def _logits(x: Tensor, weight: Tensor, bfloat16: bool) -> Tensor:
-    return x @ weight.T
+def router_logits_reference(x: Tensor, weight: Tensor, bfloat16: bool) -> Tensor:
+    """`router_logits` in plain torch."""
+    wide = widen(x)
+    return wide @ weight.to(wide.dtype).T
 
 
-def _logits_backward(grad: Tensor, x: Tensor, weight: Tensor, bfloat16: bool) -> tuple[Tensor, Tensor]:
+def router_logits_backward_reference(grad: Tensor, x: Tensor, weight: Tensor, bfloat16: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of tokens and router."""
     with products_in(bfloat16):
-        return grad @ weight, grad.T @ x
+        grad_x, grad_weight = grad @ weight.to(grad.dtype), grad.T @ widen(x)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
 _logits_op = define(
     "router_logits(Tensor x, Tensor weight, bool bfloat16) -> Tensor",
-    _logits,
-    lambda x, weight, bfloat16: x.new_empty(x.shape[0], weight.shape[0]),
+    router_logits_reference,
+    lambda x, weight, bfloat16: widen(x).new_empty(x.shape[0], weight.shape[0]),
 )
 _logits_backward_op = define(
     "router_logits_backward(Tensor grad, Tensor x, Tensor weight, bool bfloat16) -> (Tensor, Tensor)",
-    _logits_backward,
+    router_logits_backward_reference,
     lambda grad, x, weight, bfloat16: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
 
@@ -130,10 +135,10 @@ def _logits_backward_flops(grad: Any, x: Any, weight: Any, *rest: Any, **others:
 
 
 def router_logits(x: Tensor, weight: Tensor, bfloat16: bool) -> Tensor:
-    """Tokens `[N, D]` and a router `[E, D]`, of one wide type -> logits `[N, E]`, in that type.
+    """Tokens `[N, D]` and a router `[E, D]` -> logits `[N, E]`, in float32 (float64 for float64).
 
-    With `bfloat16` the two products of the backward pass, on the CPU, round their factors, as autocast does in those of
-    all other maps; choices are made in full precision whatever it says.
+    With `bfloat16` the two products of the backward pass round their factors, as autocast does in those of all other
+    maps; choices are made in full precision whatever it says.
     """
     return _logits_op(x, weight, bfloat16)
 

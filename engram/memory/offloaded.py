@@ -25,6 +25,7 @@ from engram.memory.row_formats import RowFormat
 from engram.memory.table import table_of
 
 _SMALL = 2**26  # bytes
+_PORTABLE_AND_MAPPED = 3  # cudaHostRegister: pinned for, and within reach of, all devices
 _PINNED: weakref.WeakValueDictionary[int, Pinned] = weakref.WeakValueDictionary()
 
 
@@ -171,7 +172,7 @@ class Pinned:
             return
         # Registered where it lies: torch's own pinned memory comes in powers of two, up to twice what is asked for.
         cuda, address, size = torch.cuda.cudart(), memory.data_ptr(), memory.numel()
-        error = cuda.cudaHostRegister(address, size, 0)
+        error = cuda.cudaHostRegister(address, size, _PORTABLE_AND_MAPPED)
         require(int(error) == 0, "pinned", True, f"False here: {size / 2**30:.1f} GiB cannot be pinned, error {error}")
         weakref.finalize(self, cuda.cudaHostUnregister, address)
 

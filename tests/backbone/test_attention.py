@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engram.backbone import attention
 from engram.backbone.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from engram.backbone.positions import positions_of
 from engram.config import GQAConfig, MLAConfig, YarnConfig
@@ -110,9 +111,14 @@ def test_latent_attention_equals_deepseek_v3(q_lora_rank: int, theta: float, yar
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("own_kernel", [True, False])
 @pytest.mark.parametrize("kind", ["gqa", "mla"])
-def test_a_document_in_a_window_is_attended_as_if_alone(kind: str) -> None:
+def test_a_document_in_a_window_is_attended_as_if_alone(
+    kind: str, own_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rotary positions are relative, so that where a document stands in its window does not matter."""
+    if not own_kernel:  # as on devices that have none: documents are kept apart by a mask
+        monkeypatch.setattr(attention, "has_attention", lambda device: False)
     config: Any = GQA if kind == "gqa" else MLA
     layer: Any = (GroupedQueryAttention if kind == "gqa" else MultiHeadLatentAttention)(config, D, 1e-6).double()
     x = torch.randn(1, T, D, dtype=torch.float64)
@@ -122,6 +128,25 @@ def test_a_document_in_a_window_is_attended_as_if_alone(kind: str) -> None:
     for start, end in ((0, 5), (5, 13), (13, 17)):
         alone = layer(x[:, start:end], positions_of(ids[:, start:end], None, config))
         torch.testing.assert_close(together[:, start:end], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["gqa", "mla"])
+def test_packed_documents_on_a_gpu_are_those_of_float64(kind: str) -> None:
+    """In bfloat16 flash attention takes them one by one, without a mask."""
+    config: Any = GQA if kind == "gqa" else replace(MLA, qk_rope_head_dim=8)
+    layer: Any = (GroupedQueryAttention if kind == "gqa" else MultiHeadLatentAttention)(config, D, 1e-6)
+    x, grad = torch.randn(B, T, D), torch.randn(B, T, D)
+    documents = torch.tensor([[0] * 5 + [1] * 8 + [2] * 4, [7] * 16 + [9]])
+    found = []
+    for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cuda")):
+        here = x.to(device, dtype).requires_grad_()
+        at = positions_of(torch.zeros(B, T, dtype=torch.int64, device=device), documents.to(device), config)
+        y = layer.to(device, dtype)(here, at)
+        found.append((y.detach().cpu().double(), torch.autograd.grad(y, here, grad.to(y))[0].cpu().double()))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 0.02 * one.norm()
 
 
 def _rope(theta: float, yarn: YarnConfig | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import MLA, SHAPES, V, model_of
+from small_models import GQA, MLA, SHAPES, V, model_of
 from torch import Tensor
 
 from engram import ConfigError, EngramLM
@@ -56,6 +56,23 @@ def test_padding_before_a_prompt_changes_nothing(shape: str, chunks: list[int]) 
     for row, begin in enumerate(begins):
         alone = uncached(model, ids[row : row + 1, begin:])
         torch.testing.assert_close(logits[row : row + 1, begin:], alone, **ANGLES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("attention", [GQA, MLA], ids=["gqa", "mla"])
+@pytest.mark.parametrize("chunks", [[9, 1, 1], [3, 8], [11]], ids=str)
+def test_the_gpu_decodes_padded_prompts_as_the_cpu_does(attention: dict[str, Any], chunks: list[int]) -> None:
+    model = model_of(attention=attention, experts=None, n_dense_layers=3).eval()
+    ids, mask = torch.randint(0, V, (3, 11)), torch.arange(11) >= torch.tensor([[0], [4], [7]])
+
+    def decoded(device: str) -> Tensor:
+        there = deepcopy(model).to(device)
+        state = there.init_state(3, capacity=13)
+        parts = zip(ids.to(device).split(chunks, 1), mask.to(device).split(chunks, 1), strict=True)
+        return torch.cat([step(there, part, state, real) for part, real in parts], 1)[mask.to(device)].cpu()
+
+    torch.testing.assert_close(decoded("cuda"), decoded("cpu"), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -106,3 +106,12 @@ def test_logits_are_exact_and_their_gradients_as_near_as_asked(bfloat16: bool) -
         error = (got - want).norm() / want.norm()
         assert error < (2**-7 if bfloat16 else 1e-5)
     torch.library.opcheck(torch.ops.engram.router_logits.default, (x, weight, bfloat16))
+
+
+def test_logits_of_tokens_in_bfloat16_are_not_rounded() -> None:
+    x, weight = torch.randn(30, 64).bfloat16().requires_grad_(), torch.randn(12, 64, requires_grad=True)
+    logits = router_logits(x, weight, True)
+    torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+    got = torch.autograd.grad(logits.sum(), (x, weight))
+    assert [g.dtype for g in got] == [torch.bfloat16, torch.float32]
+    torch.library.opcheck(torch.ops.engram.router_logits.default, (x, weight, True))

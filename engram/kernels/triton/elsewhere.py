@@ -1,7 +1,8 @@
 """`pick_rows` for CUDA, in Triton (reference: engram/kernels/elsewhere.py): also from pinned memory of the host.
 
 A program asks for several rows at once. Of those that are cached nothing goes over the bus; the others cross it once
-for each time they are read, and the host has no part in it.
+for each time they are read, and the host has no part in it. There are few programs, and each takes one block of rows
+after another: enough to fill the bus, and none that wait in line before the kernels that compute meanwhile.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,22 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engram.kernels.triton.launch import ceil_div
+from engram.kernels.triton.launch import ceil_div, machine
+
+_PROGRAMS = 2  # for each processor: 3 KB on their way, while the bus takes some 100 KB in the time of a trip
 
 
 @triton.jit(do_not_specialize=["N"])
 def _pick_kernel(cache, slots, table, rows, out, N, S: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     w = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    there = i < N
-    row = tl.load(rows + i, mask=there, other=0)
-    slot = tl.load(slots + i, mask=there, other=0)
-    mask = there[:, None] & (w < S)[None, :]
-    cached = mask & (slot >= 0)[:, None]
-    elsewhere = mask & (slot < 0)[:, None]
-    near = tl.load(cache + slot[:, None] * S + w[None, :], mask=cached, other=0)
-    far = tl.load(table + row[:, None] * S + w[None, :], mask=elsewhere, other=0)
-    tl.store(out + i[:, None] * S + w[None, :], tl.where(cached, near, far), mask=mask)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    while start < N:
+        i = start + tl.arange(0, ROWS)
+        there = i < N
+        row = tl.load(rows + i, mask=there, other=0)
+        slot = tl.load(slots + i, mask=there, other=0)
+        mask = there[:, None] & (w < S)[None, :]
+        cached = mask & (slot >= 0)[:, None]
+        elsewhere = mask & (slot < 0)[:, None]
+        near = tl.load(cache + slot[:, None] * S + w[None, :], mask=cached, other=0)
+        far = tl.load(table + row[:, None] * S + w[None, :], mask=elsewhere, other=0)
+        tl.store(out + i[:, None] * S + w[None, :], tl.where(cached, near, far), mask=mask)
+        start += tl.num_programs(0) * ROWS
 
 
 def pick_rows_triton(cache: Tensor, slots: Tensor, table: Tensor, rows: Tensor) -> Tensor:
@@ -42,7 +48,8 @@ def pick_rows_triton(cache: Tensor, slots: Tensor, table: Tensor, rows: Tensor) 
     S = S // number.itemsize
     width = min(triton.next_power_of_2(S), 256)
     count = max(512 // width, 1)
-    _pick_kernel[(ceil_div(N, count), ceil_div(S, width))](
+    programs = min(ceil_div(N, count), _PROGRAMS * machine(picked.device).processors)
+    _pick_kernel[(programs, ceil_div(S, width))](
         parts[0], slots.contiguous(), parts[1], rows.contiguous(), parts[2],
         N, S=S, ROWS=count, WIDTH=width, num_warps=4,
     )  # fmt: skip

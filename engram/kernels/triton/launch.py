@@ -77,6 +77,32 @@ class Row(NamedTuple):
         return cls(width, ceil_div(D, width), warps, run, ceil_div(N, run))
 
 
+class Rows(NamedTuple):
+    """Blocks of whole rows, narrow ones several to a block, one of which a program holds in registers."""
+
+    rows: int
+    width: int
+    warps: int
+    blocks: int
+
+    @classmethod
+    def of(cls, R: int, D: int, each: int, warps: int) -> Rows:
+        """For `each` numbers a thread; there are more than `warps` warps only where a row needs them."""
+        width = _padded(D)
+        warps = min(max(width // (32 * each), warps), 32)
+        rows = max(warps * 32 * each // width, 1)
+        return cls(rows, width, warps, ceil_div(R, rows))
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, when 16 warps run on a processor, or 32 of one program."""
+        return 128 if self.warps <= 16 else 64
+
+    def resident(self, device: torch.device) -> int:
+        """Programs that run at once with so many, if there are blocks for them."""
+        return min(self.blocks, machine(device).processors * max(16 // self.warps, 1))
+
+
 class Strip(NamedTuple):
     """Programs of one warp, each for a block of channels and every `dilation`-th token of a run.
 

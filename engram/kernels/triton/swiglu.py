@@ -41,6 +41,7 @@ def _backward_kernel(
     weights,
     grad_gate_up,
     grad_weights,
+    hidden,
     P,
     F: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -65,6 +66,9 @@ def _backward_kernel(
         grad_gate = g * weight * up * part * (1.0 + gate * (1.0 - part))
         tl.store(grad_gate_up + at, grad_gate.to(grad_gate_up.dtype.element_ty), mask=mask)
         tl.store(grad_gate_up + at + F, (g * weight * silu).to(grad_gate_up.dtype.element_ty), mask=mask)
+        if hidden is not None:
+            result = silu * up * weight
+            tl.store(hidden + p[:, None] * F + f[None, :], result.to(hidden.dtype.element_ty), mask=mask)
     if WEIGHTED:
         tl.store(grad_weights + p, tl.sum(by_weight, 1).to(grad_weights.dtype.element_ty), mask=p < P)
 
@@ -90,6 +94,16 @@ def swiglu_backward_triton(grad: Tensor, gate_up: Tensor, weights: Tensor | None
     """As `swiglu_backward_reference`; float64 goes there."""
     if gate_up.dtype == torch.float64:
         return swiglu_backward_reference(grad, gate_up, weights)
+    return _backward(grad, gate_up, weights, None)
+
+
+def swiglu_again_triton(grad: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `swiglu_backward_triton`, of no float64, and what `swiglu_triton` made of `gate_up`, in the same pass."""
+    hidden = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return *_backward(grad, gate_up, weights, hidden), hidden
+
+
+def _backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
     F = gate_up.shape[-1] // 2
     gate_up = gate_up.contiguous()
     by_row = gate_up.new_empty(0, dtype=torch.float32) if weights is None else weights.contiguous()
@@ -103,6 +117,7 @@ def swiglu_backward_triton(grad: Tensor, gate_up: Tensor, weights: Tensor | None
             by_row,
             grad_gate_up,
             grad_weights,
+            hidden,
             P,
             F=F,
             WEIGHTED=weights is not None,

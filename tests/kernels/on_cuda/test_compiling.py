@@ -21,9 +21,15 @@ from engram.kernels.triton import (  # noqa: E402
     fusion_backward,
     fusion_forward,
     hashing,
+    layout,
+    loss,
+    norm,
     register,
+    rotate,
+    routing,
     rows,
     sinkhorn,
+    spread,
     swiglu,
 )
 
@@ -53,7 +59,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         fixed = {p.name for p in self.params if p.is_constexpr} | {name for name, x in given.items() if x is None}
         signature = {n: "constexpr" if n in fixed else type_of(given[n]) for n in self.arg_names}
         places = {name: (i,) for i, name in enumerate(self.arg_names)}
-        aligned = {places[n]: [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*"}
+        told = {p.name for p in self.params if not p.do_not_specialize and isinstance(given[p.name], int)}
+        known = {n for n, t in signature.items() if t[0] == "*" or (t[0] == "i" and n in told and given[n] % 16 == 0)}
+        aligned = {places[n]: [["tt.divisibility", 16]] for n in known}
         source = ASTSource(self, signature, {places[n]: given[n] for n in fixed}, aligned)
         kernels.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
 
@@ -124,8 +132,60 @@ def test_rows_picked_from_elsewhere(compiled: list[Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swiglu(dtype: torch.dtype, compiled: list[Any]) -> None:
     x, weights = torch.randn(5, 96).to(dtype), torch.rand(5)
-    swiglu.swiglu_backward_triton(swiglu.swiglu_triton(x, weights), x, weights)
+    out = swiglu.swiglu_triton(x, weights)
+    swiglu.swiglu_backward_triton(out, x, weights)
+    swiglu.swiglu_again_triton(out, x, weights)
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize(("E", "k", "sigmoid"), [(128, 8, True), (5, 3, False), (4096, 1, False)])
+def test_routing(E: int, k: int, sigmoid: bool, compiled: list[Any]) -> None:
+    logits = torch.randn(70, E)
+    weights, experts, _, _ = routing.route_triton(logits, torch.zeros(E), k, sigmoid, True, 1.0)
+    routing.route_backward_triton(weights, logits, experts, sigmoid, True, 1.0)
     assert len(compiled) == 2
+
+
+@pytest.mark.parametrize(("N", "E"), [(700, 128), (3, 5), (3, 4096)])
+def test_layout(N: int, E: int, compiled: list[Any]) -> None:
+    layout.lay_out_triton(torch.zeros(N, 8, dtype=torch.int64), torch.zeros(E, dtype=torch.int64), 8, True)
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize(("D", "K", "dtype"), [(2048, 8, torch.bfloat16), (24, 11, torch.float32)])
+def test_spreading(D: int, K: int, dtype: torch.dtype, compiled: list[Any]) -> None:
+    place = torch.zeros(9, K, dtype=torch.int64)
+    spread.sum_rows_triton(spread.spread_triton(torch.randn(9, D).to(dtype), place), place)
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("D", [2048, 2560, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(D: int, dtype: torch.dtype, compiled: list[Any]) -> None:
+    x, weight = torch.randn(5, D).to(dtype), torch.ones(D)
+    y, inverse = norm.rms_norm_triton(x, weight, 1e-6)
+    norm.rms_norm_backward_triton(y, x, weight, inverse)
+    assert len(compiled) == 2
+    assert all(kernel.asm["cubin"] for kernel in compiled)
+
+
+@pytest.mark.parametrize("c", [128, 64, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turned_heads(c: int, dtype: torch.dtype, compiled: list[Any]) -> None:
+    x, cos, sin = torch.randn(2, 5, 7, c).to(dtype)[:, :, 1:5], torch.ones(5, c // 2), torch.zeros(5, c // 2)
+    for weight in (torch.ones(c), None):
+        y, inverse = rotate.norm_rotate_triton(x, weight, cos, sin, 1e-6)
+        rotate.norm_rotate_backward_triton(y, x, weight, cos, sin, inverse)
+    assert len(compiled) == 4
+    assert all(kernel.asm["cubin"] for kernel in compiled)
+
+
+@pytest.mark.parametrize("V", [2048, 32768, 50257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy(V: int, dtype: torch.dtype, compiled: list[Any]) -> None:
+    loss.cross_entropy_triton_(torch.randn(2, V).to(dtype), torch.zeros(2, dtype=torch.int64))
+    assert len(compiled) == 1
+    assert all(kernel.asm["cubin"] for kernel in compiled)
 
 
 @pytest.mark.parametrize(("M", "stream"), [(4, torch.float32), (3, torch.bfloat16)])
@@ -141,7 +201,20 @@ def test_hyper_connections(M: int, stream: torch.dtype, compiled: list[Any]) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["hash_ngrams", "hash_gather", "fuse_memory", "row_adam_", "pick_rows", "swiglu_backward"]
+    "name",
+    [
+        "hash_ngrams",
+        "hash_gather",
+        "fuse_memory",
+        "row_adam_",
+        "pick_rows",
+        "swiglu_backward",
+        "grouped_swiglu",
+        "lay_out_rows",
+        "norm_rotate",
+        "rms_norm",
+        "route",
+    ],
 )
 def test_operators_have_a_kernel_for_cuda(name: str) -> None:
     assert register()
