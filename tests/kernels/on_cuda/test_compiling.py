@@ -36,6 +36,7 @@ from engram.kernels.triton import (  # noqa: E402
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -108,10 +109,11 @@ def test_hashing(compiled: list[Any]) -> None:
     assert len(compiled) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows(dtype: torch.dtype, compiled: list[Any]) -> None:
+@pytest.mark.parametrize(("dtype", "run"), [(torch.float32, 16), (torch.bfloat16, 64)])
+def test_rows(dtype: torch.dtype, run: int, compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     grads = torch.randn(300, 80).to(dtype)
-    rows.combine_rows_triton(torch.zeros(300, dtype=torch.int64), grads)
+    monkeypatch.setattr(rows, "_run", lambda n: run)
+    rows._combine(torch.zeros(300, dtype=torch.int32), grads)
     assert len(compiled) == 4
     table, numbers = torch.randn(9, 80).to(dtype), torch.arange(9)
     for beta1, kept in ((0.9, 161), (0.0, 2)):
@@ -119,6 +121,7 @@ def test_rows(dtype: torch.dtype, compiled: list[Any]) -> None:
     assert len(compiled) == 6
     rows.gather_rows_triton(table, numbers)
     assert len(compiled) == 7
+    assert all(kernel.asm["cubin"] for kernel in compiled)
 
 
 def test_rows_picked_from_elsewhere(compiled: list[Any]) -> None:
