@@ -178,8 +178,8 @@ def row_cases(D: int, N: int) -> Iterator[Case]:
     grads = torch.randn(looked_up, W, **BF16)
     unique, sums = combine_rows_triton(drawn, grads)
     least = 2 * W * (looked_up + len(unique)) + 8 * (looked_up + len(unique))
-    # The sort takes 4 passes over keys of 4 bytes and places of 8, there and back, and reads or writes them once before;
-    # keys are written for it and read twice after it, places once. A run of 64 gradients writes a part of a sum.
+    # The sort takes 4 passes over keys of 4 bytes and places of 8, there and back, and reads or writes them once before
+    # that; keys are written for it and read twice after it, places once. A run of 64 gradients writes a part of a sum.
     more = 4 * 2 * 12 + 12 + 4 + 2 * 4 + 8 + 4 * W // 64
     made = sides(combine_rows_triton, rows.combine_rows_reference, [drawn, grads])
     yield Case("combine rows", D, N, least, least + more * looked_up, **made, tile="-")

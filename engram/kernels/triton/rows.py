@@ -204,8 +204,8 @@ def _combine(keys: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, int]:
     begun = order.new_empty(runs)
     _count_kernel[(ceil_div(runs, 32),)](in_order, begun, n, RUN=run, RUNS=32, num_warps=4)
     # Written by the device to the host's memory, so that the host learns it while the device goes on to add up.
-    found = torch.empty(2, dtype=torch.int64, pin_memory=keys.is_cuda)
-    _place_kernel[(1,)](begun, in_order, found, n, runs, BLOCK=4096, num_warps=8)
+    found = torch.zeros(2, dtype=torch.int64, pin_memory=keys.is_cuda)
+    _place_kernel[(1,)](begun, in_order, found, n, runs, BLOCK=4096, num_warps=16)
     known = torch.cuda.current_stream().record_event() if keys.is_cuda else None
     unique, sums = torch.empty_like(order), torch.empty_like(grads)
     heads, tails = grads.new_empty(2, runs, W, dtype=torch.float32)

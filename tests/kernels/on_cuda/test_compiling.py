@@ -113,14 +113,16 @@ def test_hashing(compiled: list[Any]) -> None:
 def test_rows(dtype: torch.dtype, run: int, compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     grads = torch.randn(300, 80).to(dtype)
     monkeypatch.setattr(rows, "_run", lambda n: run)
-    rows._combine(torch.zeros(300, dtype=torch.int32), grads)
-    assert len(compiled) == 4
+    rows.combine_rows_triton(torch.zeros(300, dtype=torch.int64), grads)
+    assert len(compiled) == 5
+    rows._combine(torch.zeros(300, dtype=torch.int64), grads)  # as row numbers beyond 32 bits are
+    assert len(compiled) == 9
     table, numbers = torch.randn(9, 80).to(dtype), torch.arange(9)
     for beta1, kept in ((0.9, 161), (0.0, 2)):
         rows.row_adam_triton_(table, torch.zeros(9, kept), numbers, grads[:9], 1, 0.1, beta1, 0.95, 1e-8, 3)
-    assert len(compiled) == 6
+    assert len(compiled) == 11
     rows.gather_rows_triton(table, numbers)
-    assert len(compiled) == 7
+    assert len(compiled) == 12
     assert all(kernel.asm["cubin"] for kernel in compiled)
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from engram.kernels.rows import combine_rows_reference, row_adam_reference_
+from engram.kernels.triton import register
 from engram.kernels.triton import rows as kernels
 from engram.kernels.triton.rows import combine_rows_triton, gather_rows_triton, row_adam_triton_
+from engram.memory import MemoryTable
 
 
 @pytest.mark.parametrize("width", [1, 7, 80, 300, 600])
@@ -33,6 +35,22 @@ def test_rows_of_any_type_are_gathered_bit_for_bit(dtype: torch.dtype, device: t
     table = torch.randint(0, 2, (41, 6 * dtype.itemsize), dtype=torch.uint8, device=device).view(dtype)[1:]
     rows = torch.randint(0, 40, (9, 2), device=device)[:, 1]
     assert torch.equal(gather_rows_triton(table, rows).view(torch.uint8), table.view(torch.uint8)[rows])
+
+
+def test_a_device_gathers_by_the_kernel_and_reading_a_table_still_learns(device: torch.device) -> None:
+    """The operator's promises to the compiler, and the row-sparse gradient of a table on the device."""
+    if device.type == "cuda":
+        assert register()
+    table = MemoryTable(40, 5, std=1.0).to(device)
+    rows = torch.tensor([[3, 39], [3, 0]], device=device)
+    torch.library.opcheck(torch.ops.engram.gather_rows.default, (table.weight.detach(), rows))
+    read = table(rows)
+    assert torch.equal(read, table.weight[rows])
+    read.sum().backward()
+    grad = table.weight.grad
+    assert grad is not None
+    assert grad.is_sparse
+    assert grad.to_dense().sum(1).tolist() == [5] + [0] * 2 + [10] + [0] * 35 + [5]
 
 
 def test_rows_are_gathered_from_a_table_that_lies_in_strides(device: torch.device) -> None:
@@ -83,6 +101,14 @@ def test_rows_beyond_32_bits_are_combined(device: torch.device) -> None:
     unique, sums = combine_rows_triton(rows, torch.arange(6.0, device=device)[:, None])
     assert unique.tolist() == [5, 2**31 - 1, 2**31, 2**40]
     assert sums.flatten().tolist() == [6, 2, 4, 3]
+
+
+def test_more_runs_than_a_block_have_their_places(device: torch.device) -> None:
+    counts, keys = torch.randint(0, 17, (9000,), device=device), torch.tensor([3, 4, 9], device=device)
+    begun, found = counts.clone(), torch.zeros(2, dtype=torch.int64, device=device)
+    kernels._place_kernel[(1,)](begun, keys, found, 3, 9000, BLOCK=4096)
+    assert torch.equal(begun, counts.cumsum(0))
+    assert found.tolist() == [int(counts.sum()), 9]
 
 
 def test_runs_grow_with_the_gradients() -> None:
