@@ -84,6 +84,7 @@ def peer(name: str) -> Any:
 def hash_cases(D: int, N: int) -> Iterator[Case]:
     from engram.kernels.triton.gather import hash_gather_reference
     from engram.kernels.triton.hashing import hash_gather_triton, hash_ngrams_triton
+    from engram.kernels.triton.rows import gather_rows_triton
 
     W = D // 32  # all rows of a token are d / 2 wide, as in the paper
     ids = torch.randint(0, 100_000, (N // SEQUENCE, SEQUENCE), device="cuda")
@@ -105,6 +106,10 @@ def hash_cases(D: int, N: int) -> Iterator[Case]:
     least += N * HEADS * W * 2 * 2
     made = sides(hash_gather_triton, hash_gather_reference, [*arguments, table])
     yield Case("hash + gather", D, N, least, least, **made, tile="-")
+    found = hash_ngrams_triton(*arguments)
+    least = N * HEADS * (8 + W * 2 * 2)
+    made = sides(gather_rows_triton, rows.gather_rows_reference, [table, found])
+    yield Case("gather rows", D, N, least, least, **made, tile="-")
 
 
 def fusion_cases(D: int, N: int) -> Iterator[Case]:
@@ -168,8 +173,11 @@ def row_cases(D: int, N: int) -> Iterator[Case]:
     grads = torch.randn(looked_up, W, **BF16)
     unique, sums = combine_rows_triton(drawn, grads)
     least = 2 * W * (looked_up + len(unique)) + 8 * (looked_up + len(unique))
+    # The sort takes 4 passes over keys of 4 bytes and places of 8, there and back, and reads or writes them once before
+    # that; keys are written for it and read twice after it, places once. A run of 64 gradients writes a part of a sum.
+    more = 4 * 2 * 12 + 12 + 4 + 2 * 4 + 8 + 4 * W // 64
     made = sides(combine_rows_triton, rows.combine_rows_reference, [drawn, grads])
-    yield Case("combine rows", D, N, least, least + 16 * 8 * looked_up, **made, tile="-")
+    yield Case("combine rows", D, N, least, least + more * looked_up, **made, tile="-")
     table = torch.randn(TABLE_ROWS, W, **BF16)
     for name, beta1, kept in (("row Adam", 0.9, 2 * W + 1), ("row Adam, one moment a row", 0.0, 2)):
         row_state = torch.zeros(TABLE_ROWS, kept, device="cuda")
