@@ -371,10 +371,10 @@ def main() -> None:
                     chosen = (case._replace(compiled="-") for case in chosen)
                 results += [measure(case, rate, 5 if arguments.quick else arguments.rounds) for case in chosen]
                 torch.cuda.empty_cache()
+            store("gpu_kernels", {"hardware": machine, "copy_bytes_per_second": rate, "rows": results})
     for name in dict.fromkeys(row["kernel"] for row in results):
         parts = [row["of_copy_rate"] for row in results if row["kernel"] == name]
         print(f"  {name}: {min(parts):.1%} to {max(parts):.1%} of the copy rate")
-    store("gpu_kernels", {"hardware": machine, "copy_bytes_per_second": rate, "rows": results})
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ def main() -> None:
     rate, rows = dense_rate(), []
     machine = gpu_hardware()
     B, T = arguments.shape
+    details = {"shape": [B, T], "micro_batches": arguments.micro_batches, "dense_flops_per_second": rate}
     print(f"{machine['gpu']}: {rate / 1e12:.0f} TFLOP/s in a dense bfloat16 product; {arguments.micro_batches} "
           f"micro-batches of {B} x {T} tokens to a step")  # fmt: skip
     print(f"{'model':>10} {'mode':>9} {'document':>9} {'tokens/s':>9} {'of rate':>8} {'step ms':>8} {'GiB':>6} "
@@ -173,10 +174,9 @@ def main() -> None:
                       flush=True)  # fmt: skip
                 rows.append({"model": name, "mode": mode, "document": document, "tokens_per_s": tokens_per_s,
                              "of_rate": of_rate, "flops_per_token": flops, **found})  # fmt: skip
+                store("gpu_training", {"hardware": machine, **details, "rows": rows})
             del trainer
             torch.cuda.empty_cache()
-    details = {"shape": [B, T], "micro_batches": arguments.micro_batches, "dense_flops_per_second": rate}
-    store("gpu_training", {"hardware": machine, **details, "rows": rows})
 
 
 if __name__ == "__main__":
