@@ -3,13 +3,14 @@
 Two models under bfloat16 autocast: one whose every token uses 1B parameters (16 blocks of 2048 channels, 24 experts of
 which it uses 6, two memories of 0.5B rows each), and `configs/models/base.yaml`. An optimiser step follows several
 micro-batches, as the batches that such models train on need on one device; its time counts. Rates count 6 FLOPs for
-each multiply-add of the forward pass, scores of attention for the half of the positions that a token sees; norms,
-activations and everything recomputed count nothing. `python benchmarks/gpu_training.py`
+each multiply-add of the forward pass, scores of attention for the positions that a token sees; norms, activations and
+everything recomputed count nothing. `python benchmarks/gpu_training.py`
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -54,12 +55,12 @@ def models() -> dict[str, ModelConfig]:
     return {"1B active": ModelConfig.from_dict(HYBRID), "base": replace(base, memory=memory)}
 
 
-def training_flops(config: ModelConfig, T: int) -> float:
-    """FLOPs of a token's training, of attention's scores the causal half."""
-    budget = ParameterBudget.of(config, T)
+def training_flops(config: ModelConfig, T: int, document: int) -> float:
+    """FLOPs of a token's training, with attention's scores for the positions that a token sees on average."""
     attention: Any = config.attention
-    scores = 2 * T * 2 * attention.n_heads * attention.head_dim * config.n_layers
-    return float(budget.training_flops - 3 * scores / 2)
+    scores = 3 * 2 * 2 * attention.n_heads * attention.head_dim * config.n_layers  # for each position
+    seen = min(document or T, T / 2)  # where documents end at random, as many lie behind a token as one is long
+    return float(ParameterBudget.of(config, T).training_flops - scores * (T - seen))
 
 
 class Trainer:
@@ -157,8 +158,8 @@ def main() -> None:
           f"{'loss':>6}")  # fmt: skip
     for name in arguments.models:
         config = models()[name]
-        flops = training_flops(config, T)
         for document in arguments.documents:
+            flops = training_flops(config, T, document)
             trainer = Trainer(config, (B, T), arguments.micro_batches, document)
             if arguments.profile:
                 Path(arguments.profile).write_text(profile(trainer))
@@ -176,6 +177,7 @@ def main() -> None:
                              "of_rate": of_rate, "flops_per_token": flops, **found})  # fmt: skip
                 store("gpu_training", {"hardware": machine, **details, "rows": rows})
             del trainer
+            gc.collect()
             torch.cuda.empty_cache()
 
 
