@@ -126,10 +126,10 @@ def main() -> None:
             of_rate = factor * size.tokens * size.K * size.D * size.F / took / rate
             case = (size.D, size.F, size.E, size.K, size.tokens, f"{float(load_E.max() / load_E.mean()):.1f}", what)
             table.add((*case, f"{of_rate:.1%}"), seconds)
+        store("gpu_experts", {"hardware": machine, "dense_flops_per_second": rate, "rows": table.rows})
         del ours, sides, parameters, batch, wanted
         torch.cuda.empty_cache()
     table.summary()
-    store("gpu_experts", {"hardware": machine, "dense_flops_per_second": rate, "rows": table.rows})
 
 
 if __name__ == "__main__":

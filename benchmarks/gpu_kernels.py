@@ -3,7 +3,7 @@
 Peers are each kernel's reference in plain torch, the same under `torch.compile`, and `tile-kernels` where it imports
 (it has the hash and the gate without convolution). Every call starts with a cold L2 cache, its launches queued behind a
 pause of the device, so that the host's time does not count; sides alternate, and the median counts. Bytes that a design
-moves beyond the least (a second pass, a halo) lower its rate: `moved` says how many times the least they are. The rate
+moves beyond the least (a second pass) lower its rate: `moved` says how many times the least they are. The rate
 is that of a copy of 2 GiB; a copy of no more bytes than a kernel must move takes longer for each (`as large`).
 `python benchmarks/gpu_kernels.py`
 """
@@ -84,6 +84,7 @@ def peer(name: str) -> Any:
 def hash_cases(D: int, N: int) -> Iterator[Case]:
     from engram.kernels.triton.gather import hash_gather_reference
     from engram.kernels.triton.hashing import hash_gather_triton, hash_ngrams_triton
+    from engram.kernels.triton.rows import gather_rows_triton
 
     W = D // 32  # all rows of a token are d / 2 wide, as in the paper
     ids = torch.randint(0, 100_000, (N // SEQUENCE, SEQUENCE), device="cuda")
@@ -105,12 +106,15 @@ def hash_cases(D: int, N: int) -> Iterator[Case]:
     least += N * HEADS * W * 2 * 2
     made = sides(hash_gather_triton, hash_gather_reference, [*arguments, table])
     yield Case("hash + gather", D, N, least, least, **made, tile="-")
+    found = hash_ngrams_triton(*arguments)
+    least = N * HEADS * (8 + W * 2 * 2)
+    made = sides(gather_rows_triton, rows.gather_rows_reference, [table, found])
+    yield Case("gather rows", D, N, least, least, **made, tile="-")
 
 
 def fusion_cases(D: int, N: int) -> Iterator[Case]:
     from engram.kernels.triton.fusion_backward import fuse_memory_backward_triton
     from engram.kernels.triton.fusion_forward import fuse_memory_triton
-    from engram.kernels.triton.launch import Walk
 
     M, row = BRANCHES, 2 * D * N
     shape = (N // SEQUENCE, SEQUENCE)
@@ -119,19 +123,15 @@ def fusion_cases(D: int, N: int) -> Iterator[Case]:
     query, key, norm = (1 + 0.1 * torch.randn(M, D, **BF16) for _ in range(3))
     weight = torch.randn(TAPS, M, D, **BF16)
     settings = [EPS, True, DILATION, True]
-    halo = (TAPS - 1) * DILATION / Walk.of(N, M, D, hidden.element_size(), hidden.device).segment
-    for name, convolution, forward, backward in (
-        ("gate", [None, None], 3 * M + 1, 5 * M + 2),
-        ("gate + conv", [norm, weight], 3 * M + 1 + (2 * M + 1) * halo, 6 * M + 5),
-    ):
+    for name, convolution in (("gate", [None, None]), ("gate + conv", [norm, weight])):
         inputs = [hidden, kv, query, key, *convolution, None, None, None]
         tiles = tile_gate(hidden, kv, query, key, grad) if name == "gate" else ("-", "-")
         made = sides(fuse_memory_triton, fusion.fuse_memory_reference, [*inputs, *settings])
-        yield Case(f"{name}, forward", D, N, (3 * M + 1) * row, int(forward * row), **made, tile=tiles[0])
+        yield Case(f"{name}, forward", D, N, (3 * M + 1) * row, (3 * M + 1) * row, **made, tile=tiles[0])
         _, alpha, stats = fuse_memory_triton(*inputs, *settings)
         arguments = [grad, None, *inputs, alpha, stats, *settings]
         made = sides(fuse_memory_backward_triton, fusion.fuse_memory_backward_reference, arguments)
-        yield Case(f"{name}, backward", D, N, (5 * M + 2) * row, backward * row, **made, tile=tiles[1])
+        yield Case(f"{name}, backward", D, N, (5 * M + 2) * row, (5 * M + 2) * row, **made, tile=tiles[1])
 
 
 def tile_gate(hidden: Tensor, kv: Tensor, query: Tensor, key: Tensor, grad: Tensor) -> tuple[Call | str, Call | str]:
@@ -173,8 +173,11 @@ def row_cases(D: int, N: int) -> Iterator[Case]:
     grads = torch.randn(looked_up, W, **BF16)
     unique, sums = combine_rows_triton(drawn, grads)
     least = 2 * W * (looked_up + len(unique)) + 8 * (looked_up + len(unique))
+    # The sort takes 4 passes over keys of 4 bytes and places of 8, there and back, and reads or writes them once before
+    # that; keys are written for it and read twice after it, places once. A run of 64 gradients writes a part of a sum.
+    more = 4 * 2 * 12 + 12 + 4 + 2 * 4 + 8 + 4 * W // 64
     made = sides(combine_rows_triton, rows.combine_rows_reference, [drawn, grads])
-    yield Case("combine rows", D, N, least, least + 16 * 8 * looked_up, **made, tile="-")
+    yield Case("combine rows", D, N, least, least + more * looked_up, **made, tile="-")
     table = torch.randn(TABLE_ROWS, W, **BF16)
     for name, beta1, kept in (("row Adam", 0.9, 2 * W + 1), ("row Adam, one moment a row", 0.0, 2)):
         row_state = torch.zeros(TABLE_ROWS, kept, device="cuda")
@@ -368,10 +371,10 @@ def main() -> None:
                     chosen = (case._replace(compiled="-") for case in chosen)
                 results += [measure(case, rate, 5 if arguments.quick else arguments.rounds) for case in chosen]
                 torch.cuda.empty_cache()
+            store("gpu_kernels", {"hardware": machine, "copy_bytes_per_second": rate, "rows": results})
     for name in dict.fromkeys(row["kernel"] for row in results):
         parts = [row["of_copy_rate"] for row in results if row["kernel"] == name]
         print(f"  {name}: {min(parts):.1%} to {max(parts):.1%} of the copy rate")
-    store("gpu_kernels", {"hardware": machine, "copy_bytes_per_second": rate, "rows": results})
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 Two models under bfloat16 autocast: one whose every token uses 1B parameters (16 blocks of 2048 channels, 24 experts of
 which it uses 6, two memories of 0.5B rows each), and `configs/models/base.yaml`. An optimiser step follows several
 micro-batches, as the batches that such models train on need on one device; its time counts. Rates count 6 FLOPs for
-each multiply-add of the forward pass, scores of attention for the half of the positions that a token sees; norms,
-activations and everything recomputed count nothing. `python benchmarks/gpu_training.py`
+each multiply-add of the forward pass, scores of attention for the positions that a token sees; norms, activations and
+everything recomputed count nothing. `python benchmarks/gpu_training.py`
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -54,12 +55,12 @@ def models() -> dict[str, ModelConfig]:
     return {"1B active": ModelConfig.from_dict(HYBRID), "base": replace(base, memory=memory)}
 
 
-def training_flops(config: ModelConfig, T: int) -> float:
-    """FLOPs of a token's training, of attention's scores the causal half."""
-    budget = ParameterBudget.of(config, T)
+def training_flops(config: ModelConfig, T: int, document: int) -> float:
+    """FLOPs of a token's training, with attention's scores for the positions that a token sees on average."""
     attention: Any = config.attention
-    scores = 2 * T * 2 * attention.n_heads * attention.head_dim * config.n_layers
-    return float(budget.training_flops - 3 * scores / 2)
+    scores = 3 * 2 * 2 * attention.n_heads * attention.head_dim * config.n_layers  # for each position
+    seen = min(document or T, T / 2)  # where documents end at random, as many lie behind a token as one is long
+    return float(ParameterBudget.of(config, T).training_flops - scores * (T - seen))
 
 
 class Trainer:
@@ -150,14 +151,15 @@ def main() -> None:
     rate, rows = dense_rate(), []
     machine = gpu_hardware()
     B, T = arguments.shape
+    details = {"shape": [B, T], "micro_batches": arguments.micro_batches, "dense_flops_per_second": rate}
     print(f"{machine['gpu']}: {rate / 1e12:.0f} TFLOP/s in a dense bfloat16 product; {arguments.micro_batches} "
           f"micro-batches of {B} x {T} tokens to a step")  # fmt: skip
     print(f"{'model':>10} {'mode':>9} {'document':>9} {'tokens/s':>9} {'of rate':>8} {'step ms':>8} {'GiB':>6} "
           f"{'loss':>6}")  # fmt: skip
     for name in arguments.models:
         config = models()[name]
-        flops = training_flops(config, T)
         for document in arguments.documents:
+            flops = training_flops(config, T, document)
             trainer = Trainer(config, (B, T), arguments.micro_batches, document)
             if arguments.profile:
                 Path(arguments.profile).write_text(profile(trainer))
@@ -173,10 +175,10 @@ def main() -> None:
                       flush=True)  # fmt: skip
                 rows.append({"model": name, "mode": mode, "document": document, "tokens_per_s": tokens_per_s,
                              "of_rate": of_rate, "flops_per_token": flops, **found})  # fmt: skip
+                store("gpu_training", {"hardware": machine, **details, "rows": rows})
             del trainer
+            gc.collect()
             torch.cuda.empty_cache()
-    details = {"shape": [B, T], "micro_batches": arguments.micro_batches, "dense_flops_per_second": rate}
-    store("gpu_training", {"hardware": machine, **details, "rows": rows})
 
 
 if __name__ == "__main__":

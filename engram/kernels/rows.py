@@ -26,8 +26,10 @@ _gather_rows = define(
 
 
 def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows `[...]` (int64) of a table `[R, W]`, `[..., W]`. Not differentiable. Raises IndexError beyond the table, on
-    the CPU."""
+    """Rows `[...]` (int64) of a table `[R, W]`, `[..., W]`. Not differentiable.
+
+    Raises IndexError beyond the table on the CPU; on a CUDA device an assertion fails, which ends all work there.
+    """
     return _gather_rows(table, rows)
 
 

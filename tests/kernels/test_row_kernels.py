@@ -88,6 +88,7 @@ def test_the_operators_keep_their_promises_to_the_compiler() -> None:
     moved = state(9, 4, torch.float32, False, True)
     arguments = (*moved, torch.tensor([0, 2]), torch.randn(2, 4), 7, 0.1, 0.9, 0.95, 1e-8, 0)
     torch.library.opcheck(torch.ops.engram.row_adam_.default, arguments)
+    torch.library.opcheck(torch.ops.engram.gather_rows.default, (torch.randn(9, 4), torch.tensor([[0, 2], [8, 0]])))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.int8])

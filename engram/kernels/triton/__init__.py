@@ -55,6 +55,7 @@ def _register() -> None:
         "hash_gather": hashing.hash_gather_triton,
         "fuse_memory": fusion_forward.fuse_memory_triton,
         "fuse_memory_backward": fusion_backward.fuse_memory_backward_triton,
+        "gather_rows": rows.gather_rows_triton,
         "combine_rows": rows.combine_rows_triton,
         "row_adam_": rows.row_adam_triton_,
         "pick_rows": elsewhere.pick_rows_triton,

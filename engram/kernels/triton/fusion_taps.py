@@ -1,7 +1,7 @@
 """What a tap of the convolution sees, for the kernels of `fuse_memory` and its backward (engram/kernels/fusion.py).
 
 A token's links are bits: j says that tap j finds a token of the same document in this call, 16 + j that it finds one in
-the past. What has no link is not read.
+the past, and 15 that the token is no padding. What has no link is not read.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 SIZES = ["N", "T", "past"]  # compiled once for all values
+SHOWN = tl.constexpr(1 << 15)
 _LIMIT = 15  # taps, one for each bit of either half of 31
 
 
@@ -39,30 +40,6 @@ def links_of(documents, document, n, valid, T, past, TAPS: tl.constexpr, DILATIO
             joined = joined & (tl.load(documents + now - back, mask=joined, other=0) == document)
         link = link | tl.where(joined, tl.where(t >= back, 1 << j, 1 << (j + 16)), 0)
     return link
-
-
-@triton.jit
-def seen_values(kv, past_values, n, link, bit, back, d, d_in, T, past, M: tl.constexpr, D: tl.constexpr):
-    """The values [tokens, width] that tap number `bit` sees, 0 without a link."""
-    here = ((link >> bit) & 1) != 0
-    at = ((n.to(tl.int64) - back) * ((M + 1) * D) + M * D)[:, None] + d[None, :]
-    v = tl.load(kv + at, mask=here[:, None] & d_in[None, :], other=0.0).to(tl.float32)
-    if past_values is not None:
-        before = ((link >> (bit + 16)) & 1) != 0
-        slot = (n // T).to(tl.int64) * past + past + n % T - back
-        held = tl.load(past_values + slot[:, None] * D + d[None, :], mask=before[:, None] & d_in[None, :], other=0.0)
-        v += held.to(tl.float32)
-    return v
-
-
-@triton.jit
-def seen_scale(scales, past_scales, n, at, link, bit, back, m, T, past, M: tl.constexpr):
-    """The scales of what tap number `bit` sees in branch m, 0 without a link; `scales` has those of n in rows `at`."""
-    s = tl.load(scales + (at - back) * M + m, mask=((link >> bit) & 1) != 0, other=0.0)
-    if past_scales is not None:
-        slot = (n // T).to(tl.int64) * past + past + n % T - back
-        s += tl.load(past_scales + slot * M + m, mask=((link >> (bit + 16)) & 1) != 0, other=0.0).to(tl.float32)
-    return s
 
 
 def left_to_torch(hidden: Tensor, kv: Tensor, conv_weight: Tensor | None) -> bool:

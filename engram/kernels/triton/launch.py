@@ -48,31 +48,56 @@ def prefetch(at, ROWS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
         )  # fmt: skip
 
 
-class Walk(NamedTuple):
-    """Programs of 16 warps, one for each processor, that walk over segments of tokens in steps of a few.
+class Gates(NamedTuple):
+    """Programs with a warp for each branch, their number padded to a power of two, for one token at a time.
 
-    Gates are computed on blocks of step x branches (their number padded to a power of two) x gate_width channels,
-    results on step x width. Steps are as long as lets h and v of a step of all programs lie in the L2 cache together.
+    A thread holds 16 bytes of each block, of the widest type there is, and asks for `ahead` blocks at once.
     """
 
-    step: int
-    segment: int
-    programs: int
     branches: int
-    gate_width: int
     width: int
+    ahead: int
+    warps: int
 
     @classmethod
-    def of(cls, N: int, M: int, D: int, element_size: int, device: torch.device) -> Walk:
-        processors, cache = machine(device)
-        segment, branches, fits = ceil_div(N, processors), triton.next_power_of_2(M), 8
-        while fits > 1 and fits * (M + 1) * D * element_size * processors > cache:
-            fits //= 2
-        step = min(fits, triton.next_power_of_2(segment))
-        segment = ceil_div(segment, step) * step
-        # For the 4 numbers of each thread; gates have 8, as what they are sums of would else be asked for too late.
-        gate_width, width = max(WIDTH, 16 * WIDTH // (step * branches)), 16 * WIDTH // step
-        return cls(step, segment, ceil_div(N, segment), branches, min(gate_width, _padded(D)), min(width, _padded(D)))
+    def of(cls, M: int, D: int, inputs: list[Tensor]) -> Gates:
+        branches = triton.next_power_of_2(M)
+        width = min(32 * 16 // max(x.element_size() for x in inputs), _padded(D))
+        blocks = ceil_div(D, width)
+        ahead = min(range(1, 6), key=lambda n: (ceil_div(blocks, n) * n, -n))
+        return cls(branches, width, ahead, min(branches, 16))
+
+
+TURN_STEPS, TURN_TOKENS = 16, 192
+
+
+class Turns(NamedTuple):
+    """Programs that draw tickets: in each turn for the gates of a chunk's tokens, then for the results of the chunk
+    `lag` before it, by phases of the dilation and blocks of channels.
+
+    A chunk has TURN_STEPS steps of the dilation, over which results use the weights that they hold, if those are no
+    more than TURN_TOKENS tokens: at least so many lie in the L2 cache between their gates and their results. There are
+    as many programs as a device runs at once.
+    """
+
+    chunk: int
+    lag: int
+    block: int
+    tickets: int
+    programs: int
+    registers: int
+
+    @classmethod
+    def of(cls, N: int, M: int, D: int, taps: int, dilation: int, warps: int, device: torch.device) -> Turns:
+        width = WIDTH if M * taps <= 16 else WIDTH // 2 if M * taps <= 32 else WIDTH // 4  # for weights in registers
+        block = min(warps * width, _padded(D))
+        chunk = max(min(TURN_STEPS, TURN_TOKENS // dilation), 1) * dilation
+        chunks = ceil_div(N, chunk)
+        lag = min(ceil_div(TURN_TOKENS, chunk), chunks - 1)
+        tickets = (chunks + lag) * (chunk + dilation * ceil_div(D, block))
+        resident, registers = (12, 168) if warps <= 4 else (16, 128)
+        programs = min(machine(device).processors * resident // warps, tickets)
+        return cls(chunk, lag, block, tickets, programs, registers)
 
 
 class Row(NamedTuple):

@@ -36,6 +36,7 @@ from engram.kernels.triton import (  # noqa: E402
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -108,15 +109,21 @@ def test_hashing(compiled: list[Any]) -> None:
     assert len(compiled) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows(dtype: torch.dtype, compiled: list[Any]) -> None:
+@pytest.mark.parametrize(("dtype", "run"), [(torch.float32, 16), (torch.bfloat16, 64)])
+def test_rows(dtype: torch.dtype, run: int, compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     grads = torch.randn(300, 80).to(dtype)
+    monkeypatch.setattr(rows, "_run", lambda n: run)
     rows.combine_rows_triton(torch.zeros(300, dtype=torch.int64), grads)
-    assert len(compiled) == 3
+    assert len(compiled) == 5
+    rows._combine(torch.zeros(300, dtype=torch.int64), grads)  # as row numbers beyond 32 bits are
+    assert len(compiled) == 9
     table, numbers = torch.randn(9, 80).to(dtype), torch.arange(9)
     for beta1, kept in ((0.9, 161), (0.0, 2)):
         rows.row_adam_triton_(table, torch.zeros(9, kept), numbers, grads[:9], 1, 0.1, beta1, 0.95, 1e-8, 3)
-    assert len(compiled) == 5
+    assert len(compiled) == 11
+    rows.gather_rows_triton(table, numbers)
+    assert len(compiled) == 12
+    assert all(kernel.asm["cubin"] for kernel in compiled)
 
 
 def test_rows_picked_from_elsewhere(compiled: list[Any]) -> None:

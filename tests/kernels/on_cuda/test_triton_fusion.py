@@ -12,7 +12,7 @@ from engram.kernels.fusion import fuse_memory_backward_reference, fuse_memory_re
 from engram.kernels.triton import launch
 from engram.kernels.triton.fusion_backward import fuse_memory_backward_triton
 from engram.kernels.triton.fusion_forward import fuse_memory_triton
-from engram.kernels.triton.launch import Machine, Queue, Walk
+from engram.kernels.triton.launch import Machine, Queue
 
 SHAPE = {"B": 2, "T": 11, "M": 2, "D": 24, "taps": 4, "dilation": 3, "past": 0}
 CASES: dict[str, dict[str, Any]] = {
@@ -105,31 +105,39 @@ def test_gates_need_not_have_a_gradient_of_their_own(taps: int, device: torch.de
     check(inputs(device, **SHAPE | {"taps": taps, "packed": True}), False, narrow=False)
 
 
-# Processors and bytes of cache: segments of 16 tokens in steps of 8, and of 5 in steps of 1; neither divides 23 tokens.
-MACHINES = [Machine(4, 50 * 2**20), Machine(10, 0)]
 LAUNCHES: dict[str, dict[str, Any]] = {
-    "halos": {"packed": False},
+    "no documents": {"packed": False},
     "four branches": {"M": 4},
-    "halos longer than a segment": {"taps": 3, "dilation": 9},
+    "taps that reach beyond a chunk": {"taps": 3, "dilation": 9},
     "taps that reach beyond the sequence": {"B": 6, "T": 7, "dilation": 8},
     "a past": {"past": 9, "residual": True},
     "no convolution": {"taps": 0},
 }
 
 
+def small_chunks(monkeypatch: pytest.MonkeyPatch, steps: int, tokens: int) -> None:
+    """Of some steps of the dilation each, and results about `tokens` behind gates, by several programs."""
+    monkeypatch.setattr(launch, "TURN_STEPS", steps)
+    monkeypatch.setattr(launch, "TURN_TOKENS", tokens)
+    monkeypatch.setattr(launch, "machine", lambda device: Machine(3, 50 * 2**20))
+
+
 @pytest.mark.parametrize("case", LAUNCHES)
-@pytest.mark.parametrize("machine", MACHINES)
-def test_segments_do_not_show(
-    case: str, machine: Machine, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("steps", "tokens", "chunk", "lag"), [(2, 7, 6, 2), (1, 0, 3, 0)])
+def test_chunks_do_not_show(
+    case: str, steps: int, tokens: int, chunk: int, lag: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "machine", lambda device: machine)
-    arguments = inputs(device, **SHAPE | {"T": 23, "M": 1, "packed": True} | LAUNCHES[case])
-    check_forward(arguments, narrow=False)
+    """For 46 tokens, which are no multiple of a chunk; nor are the 23 of a sequence."""
+    small_chunks(monkeypatch, steps, tokens)
+    turns = launch.Turns.of(N=46, M=1, D=24, taps=4, dilation=3, warps=1, device=device)
+    assert (turns.chunk, turns.lag) == (chunk, lag)
+    assert turns.programs > 1
+    check_forward(inputs(device, **SHAPE | {"T": 23, "M": 1, "packed": True} | LAUNCHES[case]), narrow=False)
 
 
 @pytest.mark.parametrize("case", LAUNCHES)
-def test_chunks_do_not_show(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward's chunks, as long as taps reach: 9 tokens where the dilation is 3."""
+def test_chunks_of_the_backward_do_not_show(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as taps reach: 9 tokens where the dilation is 3."""
     monkeypatch.setattr(launch, "machine", lambda device: Machine(2, 50 * 2**20))
     monkeypatch.setattr(launch, "CHUNK", 8)
     check(inputs(device, **SHAPE | {"T": 23, "M": 1, "packed": True} | LAUNCHES[case]), True, narrow=False)
@@ -173,37 +181,22 @@ def test_what_is_waited_for_was_given_out_before(
 
 
 @pytest.mark.parametrize("M", [1, 4])
-def test_segments_and_chunks_do_not_show_in_bfloat16(
-    M: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "machine", lambda device: Machine(2, 50 * 2**20))
+def test_chunks_and_runs_do_not_show_in_bfloat16(M: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch, 2, 7)
     monkeypatch.setattr(launch, "CHUNK", 8)
     types = {"hidden": torch.bfloat16, "kv": torch.bfloat16}
     check(inputs(device, **SHAPE | {"T": 17, "M": M, "packed": True, "residual": True}, **types), False, narrow=True)
 
 
-@pytest.mark.parametrize("boundary", range(6, 17))
-def test_documents_may_change_within_a_halo(
+@pytest.mark.parametrize("boundary", range(9, 20))
+def test_documents_may_change_where_the_taps_of_a_chunk_reach(
     boundary: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second segment begins at token 16, its halo at token 7."""
-    monkeypatch.setattr(launch, "machine", lambda device: MACHINES[0])
+    """The taps of the chunk that begins at token 18 reach back to token 9."""
+    small_chunks(monkeypatch, 2, 7)
     arguments = inputs(device, **SHAPE | {"T": 23, "M": 1})
     arguments[6] = (torch.arange(23, device=device) >= boundary).long().expand(2, -1)
     check_forward(arguments, narrow=False)
-
-
-@pytest.mark.parametrize(("N", "segment"), [(1, 1), (4096, 32), (8192, 64), (32768, 256)])
-@pytest.mark.parametrize("D", [2560, 4096])
-def test_a_step_of_all_programs_fits_the_cache(
-    N: int, segment: int, D: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    h100 = Machine(132, 50 * 2**20)
-    monkeypatch.setattr(launch, "machine", lambda device: h100)
-    walk = Walk.of(N, 4, D, 2, device)
-    assert (walk.segment, walk.step) == (segment, min(segment, 8))
-    assert walk.programs <= h100.processors
-    assert walk.programs * walk.step * 5 * D * 2 <= h100.cache
 
 
 @pytest.mark.parametrize(("hidden", "kv"), TYPES)

@@ -29,7 +29,7 @@ def test_rows_are_the_references(
     assert torch.equal(hash_ngrams_triton(*arguments), hash_ngrams_reference(*arguments))
 
 
-@pytest.mark.parametrize("width", [1, 24, 130])
+@pytest.mark.parametrize("width", [1, 24, 130, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_gathered_is_what_the_rows_hold(width: int, dtype: torch.dtype, device: torch.device) -> None:
     ids = torch.randint(0, 2**31, (2, 9), device=device)

@@ -1,7 +1,9 @@
-"""Combining duplicates and moving rows in Triton against the references."""
+"""Gathering rows, combining duplicates and moving rows in Triton against the references."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,20 +11,108 @@ import torch
 from torch import Tensor
 
 from engram.kernels.rows import combine_rows_reference, row_adam_reference_
-from engram.kernels.triton.rows import combine_rows_triton, row_adam_triton_
+from engram.kernels.triton import register
+from engram.kernels.triton import rows as kernels
+from engram.kernels.triton.rows import combine_rows_triton, gather_rows_triton, row_adam_triton_
+from engram.memory import MemoryTable
+
+
+@pytest.mark.parametrize("width", [1, 7, 80, 300, 600])
+@pytest.mark.parametrize("shape", [(), (0,), (70,), (2, 3, 5)])
+def test_rows_are_gathered(width: int, shape: tuple[int, ...], device: torch.device) -> None:
+    table, rows = torch.randn(40, width, device=device), torch.randint(0, 40, shape, device=device)
+    gathered = gather_rows_triton(table, rows)
+    assert gathered.shape == (*shape, width)
+    assert torch.equal(gathered, table[rows])
 
 
 @pytest.mark.parametrize(
-    ("n", "different", "width"), [(80, 30, 5), (700, 500, 300), (1000, 3, 16), (1, 1, 1), (0, 1, 4)]
+    "dtype",
+    [torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex128],
+)
+def test_rows_of_any_type_are_gathered_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None:
+    """Also from a table that begins in the middle of memory, and by row numbers that lie apart."""
+    table = torch.randint(0, 2, (41, 6 * dtype.itemsize), dtype=torch.uint8, device=device).view(dtype)[1:]
+    rows = torch.randint(0, 40, (9, 2), device=device)[:, 1]
+    assert torch.equal(gather_rows_triton(table, rows).view(torch.uint8), table.view(torch.uint8)[rows])
+
+
+def test_a_device_gathers_by_the_kernel_and_reading_a_table_still_learns(device: torch.device) -> None:
+    """The operator's promises to the compiler, and the row-sparse gradient of a table on the device."""
+    if device.type == "cuda":
+        assert register()
+    table = MemoryTable(40, 5, std=1.0).to(device)
+    rows = torch.tensor([[3, 39], [3, 0]], device=device)
+    torch.library.opcheck(torch.ops.engram.gather_rows.default, (table.weight.detach(), rows))
+    read = table(rows)
+    assert torch.equal(read, table.weight[rows])
+    read.sum().backward()
+    grad = table.weight.grad
+    assert grad is not None
+    assert grad.is_sparse
+    assert grad.to_dense().sum(1).tolist() == [5] + [0] * 2 + [10] + [0] * 35 + [5]
+
+
+def test_rows_are_gathered_from_a_table_that_lies_in_strides(device: torch.device) -> None:
+    table, rows = torch.randn(7, 40, device=device).T, torch.tensor([39, 0, 39], device=device)
+    assert torch.equal(gather_rows_triton(table, rows), table[rows])
+
+
+@pytest.mark.parametrize("row", [-1, 40, 2**40])
+def test_a_row_beyond_the_table_stops_the_device(row: int, device: torch.device) -> None:
+    """In a process of its own: the device is lost to it."""
+    if device.type != "cuda":
+        pytest.skip("the interpreter leaves assertions out")
+    program = (
+        "import torch; from engram.kernels.triton.rows import gather_rows_triton; "
+        f"gather_rows_triton(torch.zeros(40, 3).cuda(), torch.tensor([0, {row}]).cuda()); torch.cuda.synchronize()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr
+
+
+@pytest.mark.parametrize("run", [16, 64])
+@pytest.mark.parametrize(
+    ("n", "different", "width"),
+    [(80, 30, 5), (700, 500, 300), (1000, 3, 16), (2500, 1, 80), (1, 1, 1), (0, 1, 4)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_duplicates_are_summed(n: int, different: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Also rows so frequent that their gradients are summed in pieces."""
+def test_duplicates_are_summed(
+    n: int,
+    different: int,
+    width: int,
+    run: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also rows so frequent that their gradients are summed in runs, and those in blocks."""
+    monkeypatch.setattr(kernels, "_run", lambda n: run)
     rows, grads = torch.randint(0, different, (n,), device=device), torch.randn(n, width, device=device).to(dtype)
     (unique, sums), (theirs, expected) = combine_rows_triton(rows, grads), combine_rows_reference(rows, grads)
     assert torch.equal(unique, theirs)
     tolerance = {"rtol": 2**-7, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(sums, expected, **tolerance)
+
+
+def test_rows_beyond_32_bits_are_combined(device: torch.device) -> None:
+    rows = torch.tensor([2**40, 5, 2**31 - 1, 2**40, 2**31, 5], device=device)
+    unique, sums = combine_rows_triton(rows, torch.arange(6.0, device=device)[:, None])
+    assert unique.tolist() == [5, 2**31 - 1, 2**31, 2**40]
+    assert sums.flatten().tolist() == [6, 2, 4, 3]
+
+
+def test_more_runs_than_a_block_have_their_places(device: torch.device) -> None:
+    counts, keys = torch.randint(0, 17, (9000,), device=device), torch.tensor([3, 4, 9], device=device)
+    begun, found = counts.clone(), torch.zeros(2, dtype=torch.int64, device=device)
+    kernels._place_kernel[(1,)](begun, keys, found, 3, 9000, BLOCK=4096)
+    assert torch.equal(begun, counts.cumsum(0))
+    assert found.tolist() == [int(counts.sum()), 9]
+
+
+def test_runs_grow_with_the_gradients() -> None:
+    assert [kernels._run(n) for n in (1, 30_000, 65_536, 262_144, 10**8)] == [16, 16, 32, 64, 64]
 
 
 def test_sums_of_bfloat16_are_taken_in_float32(device: torch.device) -> None:
@@ -46,7 +136,7 @@ def state(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("momentum", [False, True])
-@pytest.mark.parametrize("width", [1, 5, 16, 300])
+@pytest.mark.parametrize("width", [1, 5, 16, 128, 300, 600])
 def test_rows_move_as_the_references_do(
     dtype: torch.dtype, by_row: bool, momentum: bool, width: int, device: torch.device
 ) -> None:
