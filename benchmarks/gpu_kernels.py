@@ -123,7 +123,7 @@ def fusion_cases(D: int, N: int) -> Iterator[Case]:
     query, key, norm = (1 + 0.1 * torch.randn(M, D, **BF16) for _ in range(3))
     weight = torch.randn(TAPS, M, D, **BF16)
     settings = [EPS, True, DILATION, True]
-    for name, convolution in (("gate", [None, None]), ("gate + conv", [norm, weight])):
+    for name, convolution, backward in (("gate", [None, None], 5 * M + 2), ("gate + conv", [norm, weight], 6 * M + 5)):
         inputs = [hidden, kv, query, key, *convolution, None, None, None]
         tiles = tile_gate(hidden, kv, query, key, grad) if name == "gate" else ("-", "-")
         made = sides(fuse_memory_triton, fusion.fuse_memory_reference, [*inputs, *settings])
@@ -131,24 +131,23 @@ def fusion_cases(D: int, N: int) -> Iterator[Case]:
         _, alpha, stats = fuse_memory_triton(*inputs, *settings)
         arguments = [grad, None, *inputs, alpha, stats, *settings]
         made = sides(fuse_memory_backward_triton, fusion.fuse_memory_backward_reference, arguments)
-        yield Case(f"{name}, backward", D, N, (5 * M + 2) * row, (5 * M + 2) * row, **made, tile=tiles[1])
+        yield Case(f"{name}, backward", D, N, (5 * M + 2) * row, backward * row, **made, tile=tiles[1])
 
 
 def tile_gate(hidden: Tensor, kv: Tensor, query: Tensor, key: Tensor, grad: Tensor) -> tuple[Call | str, Call | str]:
-    """The peer's gate with residual, forward and backward."""
+    """The peer's gate with residual, forward and backward, as tile-kernels 2.1 calls them."""
     module = peer("engram")
     if isinstance(module, str):
         return module, module
     M, D = query.shape
-    x, gy, flat = hidden.view(-1, M, D), grad.view(-1, M, D), kv.view(-1, (M + 1) * D)
-    k, v = flat[:, : M * D].unflatten(1, (M, D)), flat[:, M * D :]
+    x, gy, rows = hidden.view(-1, M, D), grad.view(-1, M, D), kv.view(-1, M + 1, D)
 
     def forward() -> Any:
-        return module.engram_gate_fwd(x, k, v, module.fused_weight(query, key), EPS, 1e-6)
+        return module.engram_gate_fwd(x, rows, module.fused_weight(query, key), EPS, 1e-6)
 
     def backward() -> Any:
         both = module.fused_weight(query, key)
-        *grads, parts = module.engram_gate_bwd(gy, x, k, v, both, *saved(), 1e-6)
+        *grads, parts = module.engram_gate_bwd(gy, x, rows, both, *saved(), 1e-6)
         ours, theirs = torch.zeros_like(query, dtype=torch.float32), torch.zeros_like(key, dtype=torch.float32)
         module.grad_w_reduce(parts, query, key, ours, theirs)
         return grads, ours, theirs

@@ -1,19 +1,17 @@
 """The backward of `fuse_memory` for CUDA, in Triton (equations and reference: engram/kernels/fusion.py).
 
 Bytes, in rows of D numbers, of which a token has M in `hidden` and M + 1 in `kv`: 5 M + 2 must move. Without a
-convolution that is what moves. With one, a token's gradients need sums over all of D of what later tokens hand back to
-it, and so two kinds of work:
+convolution that is what moves; with one 6 M + 5, in two passes, since a token's gradients need sums over all of D of
+what later tokens hand back to it:
 
-    taps         gy, v -> r, one row for all branches                M + 2
-    gradients    gy, v, r, h, k -> grad_h, grad_k, grad_v            5 M + 3
+    taps      gy, v -> r, one row for all branches               M + 2
+    blocks    gy, v, r, h, k -> grad_h, grad_k, grad_v           5 M + 3
 
-They take turns within one launch, so that gy, v and r need not come from memory again, nor r go there: between the taps
-of a chunk of tokens and its gradients lie some hundred tokens, of 2 (M + 2) D bytes in bfloat16. What else is kept is
-small: a few numbers for each token and branch; sums over D in parts, one from each block of channels; sums for the
-gradients of parameters, in registers over a chunk.
-
-One program for all of a token, as without a convolution, would need taps M D of those, 160 to 256 KB for M = 4, more
-than a processor's registers hold.
+What else is kept is small: a few numbers for each token and branch, the sums over D in parts, one from each block of
+channels of the first pass, and sums for the gradients of parameters, which stay in registers over a run of tokens.
+Those stand in the way of one pass: a program that walks over whole rows, as that without a convolution, would need taps
+M D of them, 160 to 256 KB for M = 4, more than a processor's registers hold. There are no atomics: the same inputs give
+the same bits.
 """
 
 from __future__ import annotations
@@ -22,8 +20,9 @@ import torch
 from torch import Tensor
 
 from engram.kernels.fusion import fuse_memory_backward_reference
+from engram.kernels.triton.fusion_backward_blocks import block_gradients
+from engram.kernels.triton.fusion_backward_taps import hand_back
 from engram.kernels.triton.fusion_backward_tokens import token_gradients
-from engram.kernels.triton.fusion_backward_turns import gradients_in_turns
 from engram.kernels.triton.fusion_taps import left_to_torch
 from engram.kernels.triton.launch import dense
 from engram.tensors import widen
@@ -68,10 +67,11 @@ def fuse_memory_backward_triton(
     else:
         past_values, past_scales = (dense(past_values), dense(past_scales)) if past else (None, None)
         conv = (widen(conv_weight) * widen(conv_norm)).contiguous()
-        grad_hidden, gate_sums, tap_sums = gradients_in_turns(
-            grad_kv, *rest, conv, past_values, past_scales, eps, dilation
+        dots, tap_sums = hand_back(
+            grad_kv, grad_out, kv, conv, documents, past_values, past_scales, alpha, stats, eps, dilation
         )
-        per_tap = tap_sums.sum(0).transpose(0, 1)
+        grad_hidden, gate_sums = block_gradients(grad_kv, dots, *rest)
+        per_tap = tap_sums.sum(0)
         grad_norm = (per_tap * widen(conv_weight)).sum(0).to(conv_norm.dtype)
         grad_weight = (per_tap * widen(conv_norm)).to(conv_weight.dtype)
     grad_both = gate_sums.sum(0)

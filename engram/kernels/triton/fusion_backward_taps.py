@@ -4,11 +4,10 @@ With grad_z = gy SiLU'(z), token n gets in branch m: q_m(n) = sum over taps j of
 the gradients of its value, by r(n) = sum over m of scale_m(n) q_m(n), and of its scales, by q_m(n) . v(n). All branches
 are summed here, so that one row of D numbers leaves for each token, where grad_z would be M.
 
-A warp takes a block of channels and every `dilation`-th token of a chunk, whose taps then reach 1, 2, ... of its steps
-back: x_m = scale_m v and q of the last tokens and the sums for the weights' gradients all stay in registers. Taps reach
-over into the chunk before, whose last tokens get the rest of what is theirs in places of their own. Of sums over all of
-D there are parts from each block: for each branch gy . v and what q . v adds to it, and for all branches what q . v
-hands to v.
+A program takes a block of channels and every `dilation`-th token of a run, whose taps then reach 1, 2, ... of its steps
+back: x_m = scale_m v and q of the last tokens and the sums for the weights' gradients all stay in registers. After its
+run it goes on for taps - 1 steps, to complete what its own last tokens get. Of sums over all of D it leaves its part:
+for each branch gy . v and what q . v adds to it, and for all branches what q . v hands to v.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
@@ -21,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engram.kernels.triton.fusion_taps import SIZES, document_of, links_of
-from engram.kernels.triton.launch import ceil_div, prefetch, sigmoid
+from engram.kernels.triton.launch import WARP, Strip, at_most, ceil_div, prefetch, sigmoid
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -101,58 +100,34 @@ def _linked(
 
 
 @triton.jit
-def _let_go(
-    handed, tails, dots, scales, slopes, q, x, gate, done, first, chunk, block, d, d_in, N,
-    M: tl.constexpr, D: tl.constexpr, REACH: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """What is known in this chunk of r and the sums of token `done`, which may lie before it, in reach of its taps."""
-    own = done >= first
-    there = done >= 0
-    row = tl.cast(done, tl.int64) * M
-    slot = tl.where(own, done, N + chunk * REACH + done - first)
-    totals = ()
-    r = tl.zeros([WIDTH], tl.float32)
-    along = tl.zeros([min(WIDTH, 32)], tl.float32)
-    for m in tl.static_range(M):
-        scale = tl.load(scales + row + m, mask=there, other=0.0)
-        slope = tl.load(slopes + row + m, mask=there, other=0.0)
-        r += scale * q[m]
-        handed_back = _by_thread(q[m] * x[m], WIDTH)  # its sum is that of s grad_s
-        totals = totals + (tl.sum(gate[m] + slope * handed_back, 0),)
-        along -= scale * scale / D * handed_back
-    totals = totals + (tl.sum(along, 0),)
-    for m in tl.static_range(M + 1):  # after all loads, which don't pass a store
-        tl.store(dots + (tl.cast(slot, tl.int64) * (M + 1) + m) * BLOCKS + block, totals[m], mask=there)
-    at = (row + done + M) * D + d
-    tl.store(handed + at, r.to(handed.dtype.element_ty), mask=own & d_in)
-    if REACH > 0:
-        at = tl.cast(slot - N, tl.int64) * D + d
-        tl.store(tails + at, r.to(tails.dtype.element_ty), mask=there & (done < first) & d_in)
-
-
-@triton.jit
 def _step(
-    grad_out, kv, weights, past_values, past_scales, links, scales, slopes, handed, tails, dots,
-    by_tap, xs, qs, gates, ahead, n, first, end, chunk, block, d, d_in, N, T, past,
+    grad_out, kv, weights, past_values, past_scales, links, scales, slopes, handed, dots,
+    by_tap, xs, qs, gates, ahead, n, first, end, block, d, d_in, N, T, past,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Takes in token n and lets go of the one that is complete then; WHOLE: all taps of n are linked."""
-    later = _load_step(grad_out, kv, links, scales, n + DILATION, end, d, d_in, M, D)
+    """Takes in token n and lets go of the one that is complete then; WHOLE: n is of this run, all its taps linked."""
+    later = _load_step(grad_out, kv, links, scales, n + DILATION, N, d, d_in, M, D)
     if D % WIDTH == 0:  # else the last block would reach beyond the rows
         then = tl.cast(tl.minimum(n + 4 * DILATION, N - 1), tl.int64)
         prefetch(grad_out + then * (M * D) + block * WIDTH, M, D, WIDTH)
         prefetch(kv + (then * (M + 1) + M) * D + block * WIDTH, 1, D, WIDTH)
+    done = n - (TAPS - 1) * DILATION
+    done_own = (done >= first) & (done < end)
+    done_row = tl.cast(done, tl.int64) * M
     link = ahead[0]
     v = ahead[1].to(tl.float32)
+    own = tl.where(n < end, 1.0, 0.0)
     next_sums = ()
     next_xs = ()
     next_qs = ()
     next_gates = ()
-    done_q = ()
-    done_x = ()
-    done_gate = ()
+    totals = ()
+    r = tl.zeros([WIDTH], tl.float32)
+    along = tl.zeros([min(WIDTH, 32)], tl.float32)
     for m in tl.static_range(M):
+        done_scale = tl.load(scales + done_row + m, mask=done_own, other=0.0)
+        done_slope = tl.load(slopes + done_row + m, mask=done_own, other=0.0)
         w = weights[m * TAPS : (m + 1) * TAPS]
         gy = ahead[2 + m].to(tl.float32)
         gate = (_by_thread(gy * v, WIDTH),) + gates[m * (TAPS - 1) : (m + 1) * (TAPS - 1)]
@@ -166,7 +141,8 @@ def _step(
         sig = sigmoid(z)
         gz = gy * (sig + sig * (z - z * sig))
         for j in tl.static_range(TAPS):
-            next_sums = next_sums + (by_tap[m * TAPS + j] + gz * seen[TAPS - 1 - j],)
+            mine = gz if WHOLE else own * gz
+            next_sums = next_sums + (by_tap[m * TAPS + j] + mine * seen[TAPS - 1 - j],)
         for steps in tl.static_range(TAPS):
             q = w[TAPS - 1 - steps] * (gz if WHOLE else ((link >> (TAPS - 1 - steps)) & 1).to(tl.float32) * gz)
             if steps > 0:
@@ -174,32 +150,33 @@ def _step(
             if steps < TAPS - 1:
                 next_qs = next_qs + (q,)
             else:
-                done_q = done_q + (q,)
+                r += done_scale * q
+                handed_back = _by_thread(q * x[TAPS - 1], WIDTH)  # its sum is that of s grad_s
+                totals = totals + (tl.sum(gate[TAPS - 1] + done_slope * handed_back, 0),)
+                along -= done_scale * done_scale / D * handed_back
         next_xs = next_xs + x[: TAPS - 1]
         next_gates = next_gates + gate[: TAPS - 1]
-        done_x = done_x + (x[TAPS - 1],)
-        done_gate = done_gate + (gate[TAPS - 1],)
-    _let_go(
-        handed, tails, dots, scales, slopes, done_q, done_x, done_gate, n - (TAPS - 1) * DILATION, first, chunk, block,
-        d, d_in, N, M, D, (TAPS - 1) * DILATION, WIDTH, BLOCKS,
-    )  # fmt: skip
+    totals = totals + (tl.sum(along, 0),)
+    for m in tl.static_range(M + 1):  # after all loads, which don't pass a store
+        tl.store(dots + (done_row + done + m) * BLOCKS + block, totals[m], mask=done_own)
+    at = (done_row + done + M) * D + d
+    tl.store(handed + at, r.to(handed.dtype.element_ty), mask=done_own & d_in)
     return next_sums, next_xs, next_qs, next_gates, later
 
 
-@triton.jit
-def hand_back(
-    grad_out, kv, conv, past_values, past_scales, links, scales, slopes, handed, tails, dots,
-    n, first, end, chunk, block, N, T, past,
-    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, UNROLL: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
+@triton.jit(do_not_specialize=[*SIZES, "run"])
+def _taps_kernel(
+    grad_out, kv, conv, past_values, past_scales, links, scales, slopes, handed, dots, tap_sums, N, T, past, run,
+    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Of token n of a chunk and every DILATION-th after it, in a block of channels; returns the sums for taps.
-
-    r goes to the values' rows of `handed` [N, (M + 1) D], sums to dots [slots, M + 1, blocks]; of the tokens before the
-    chunk to tails [chunks - 1, reach, D], and to slots from N on.
-    """
+    """r into the values' rows of `handed` [N, (M + 1) D], sums into dots [N, M + 1, blocks]; a run's sums for taps."""
+    block, part = tl.program_id(0), tl.program_id(2) * DILATION + tl.program_id(1)
+    first = tl.program_id(2) * run
+    end = tl.minimum(first + run, N)
     d = block * WIDTH + tl.arange(0, WIDTH)
     d_in = tl.full([WIDTH], True, tl.int1) if D % WIDTH == 0 else d < D
+    n = first + tl.program_id(1)
     weights = ()
     by_tap = ()
     xs = ()  # x, and of q what is known of it, of the tokens 1, 2, ... steps before, for each branch
@@ -207,8 +184,7 @@ def hand_back(
     gates = ()  # their gy . v, each thread's part of it
     for m in tl.static_range(M):
         for j in tl.static_range(TAPS):
-            weight = tl.load(conv + (j * M + m) * D + d, mask=d_in, other=0.0, eviction_policy="evict_last")
-            weights = weights + (weight,)
+            weights = weights + (tl.load(conv + (j * M + m) * D + d, mask=d_in, other=0.0),)
             by_tap = by_tap + (tl.zeros([WIDTH], tl.float32),)
         for steps in tl.static_range(1, TAPS):
             then = n - steps * DILATION
@@ -217,53 +193,58 @@ def hand_back(
             xs = xs + (tl.load(scales + row + m, mask=then >= 0, other=0.0) * v,)
             qs = qs + (tl.zeros([WIDTH], tl.float32),)
             gates = gates + (tl.zeros([min(WIDTH, 32)], tl.float32),)
-    ahead = _load_step(grad_out, kv, links, scales, n, end, d, d_in, M, D)
-    while n < end:
+    ahead = _load_step(grad_out, kv, links, scales, n, N, d, d_in, M, D)
+    while n < end + (TAPS - 1) * DILATION:
         by_tap, xs, qs, gates, ahead = _step(
-            grad_out, kv, weights, past_values, past_scales, links, scales, slopes, handed, tails, dots,
-            by_tap, xs, qs, gates, ahead, n, first, end, chunk, block, d, d_in, N, T, past,
+            grad_out, kv, weights, past_values, past_scales, links, scales, slopes, handed, dots,
+            by_tap, xs, qs, gates, ahead, n, first, end, block, d, d_in, N, T, past,
             M, D, TAPS, DILATION, WIDTH, BLOCKS, False,
         )  # fmt: skip
         n += DILATION
         while (n + (UNROLL - 1) * DILATION < end) & (((ahead[0] >> 15) & 1) != 0):
             for _ in tl.static_range(UNROLL):  # after which x and q lie in the registers in which they lay before
                 by_tap, xs, qs, gates, ahead = _step(
-                    grad_out, kv, weights, past_values, past_scales, links, scales, slopes, handed, tails, dots,
-                    by_tap, xs, qs, gates, ahead, n, first, end, chunk, block, d, d_in, N, T, past,
+                    grad_out, kv, weights, past_values, past_scales, links, scales, slopes, handed, dots,
+                    by_tap, xs, qs, gates, ahead, n, first, end, block, d, d_in, N, T, past,
                     M, D, TAPS, DILATION, WIDTH, BLOCKS, True,
                 )  # fmt: skip
                 n += DILATION
-    for steps in tl.static_range(TAPS - 1):
-        q = ()
-        x = ()
-        gate = ()
-        for m in tl.static_range(M):
-            q = q + (qs[m * (TAPS - 1) + steps],)
-            x = x + (xs[m * (TAPS - 1) + steps],)
-            gate = gate + (gates[m * (TAPS - 1) + steps],)
-        _let_go(
-            handed, tails, dots, scales, slopes, q, x, gate, n - (steps + 1) * DILATION, first, chunk, block,
-            d, d_in, N, M, D, (TAPS - 1) * DILATION, WIDTH, BLOCKS,
-        )  # fmt: skip
-    return by_tap
+    for m in tl.static_range(M):
+        for j in tl.static_range(TAPS):
+            into = tap_sums + ((tl.cast(part, tl.int64) * TAPS + j) * M + m) * D + d
+            tl.store(into, by_tap[m * TAPS + j], mask=d_in)
 
 
-def prepare(
-    documents: Tensor | None, alpha: Tensor, stats: Tensor, past: int, taps: int, dilation: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Links of tokens `[B T]`; scales of their values and slopes, `[B T, M]`."""
-    B, T, M = alpha.shape
-    N = B * T
-    links = torch.empty(N, dtype=torch.int32, device=alpha.device)
-    scales, slopes = (torch.empty(N, M, dtype=torch.float32, device=alpha.device) for _ in range(2))
+def hand_back(
+    handed: Tensor,
+    grad_out: Tensor,
+    kv: Tensor,
+    conv: Tensor,
+    documents: Tensor | None,
+    past_values: Tensor | None,
+    past_scales: Tensor | None,
+    alpha: Tensor,
+    stats: Tensor,
+    eps: float,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    """Writes r where `handed`, `[B, T, (M + 1) D]`, has values; returns sums over D in parts, `[B, T, M + 1, parts]`,
+    and the gradients of `conv`, the taps with their norm `[taps, M, D]`, in parts, `[parts, taps, M, D]`."""
+    B, T, M, D = grad_out.shape
+    N, taps = B * T, len(conv)
+    past = 0 if past_values is None else past_values.shape[1]
+    strip = Strip.of(N, D, 2 * WARP if M * taps <= 16 else WARP, 12, dilation, kv.device)
+    links = torch.empty(N, dtype=torch.int32, device=kv.device)
+    scales, slopes = (torch.empty(N, M, dtype=torch.float32, device=kv.device) for _ in range(2))
+    dots = torch.empty(B, T, M + 1, strip.blocks, dtype=torch.float32, device=kv.device)
+    tap_sums = torch.empty(strip.runs * dilation, taps, M, D, dtype=torch.float32, device=kv.device)
+    settings = {"M": M, "TAPS": taps, "DILATION": dilation, "UNROLL": max(taps - 1, 1)}
     _prepare_kernel[(ceil_div(N, 64),)](
         documents, alpha, stats, links, scales, slopes, N, T, past, eps,
-        M=M, TAPS=taps, DILATION=dilation, UNROLL=unroll(taps), TOKENS=64, BRANCHES=triton.next_power_of_2(M),
-        num_warps=4,
+        **settings, TOKENS=64, BRANCHES=triton.next_power_of_2(M), num_warps=4,
     )  # fmt: skip
-    return links, scales, slopes
-
-
-def unroll(taps: int) -> int:
-    """Steps that are taken together."""
-    return max(taps - 1, 1)
+    _taps_kernel[(strip.blocks, dilation, strip.runs)](
+        grad_out, kv, conv, past_values, past_scales, links, scales, slopes, handed, dots, tap_sums, N, T, past,
+        strip.run, **settings, D=D, WIDTH=strip.width, BLOCKS=strip.blocks, num_warps=1, **at_most(168),
+    )  # fmt: skip
+    return dots, tap_sums

@@ -45,14 +45,14 @@ def give_part(
         if RESIDUAL:
             grad_h += gy
         at = (row + m) * D + d
-        tl.store(grad_hidden + at, grad_h.to(grad_hidden.dtype.element_ty), mask=d_in, eviction_policy="evict_first")
+        tl.store(grad_hidden + at, grad_h.to(grad_hidden.dtype.element_ty), mask=d_in)
         grad_k = both * h + along_k[m] * k
         at = (k_row + m) * D + d
-        tl.store(grad_kv + at, grad_k.to(grad_kv.dtype.element_ty), mask=d_in, eviction_policy="evict_first")
+        tl.store(grad_kv + at, grad_k.to(grad_kv.dtype.element_ty), mask=d_in)
         grad_v += used[m] * gy
         more = more + (sums[part * M + m] + cross[m] * (h * k),)
     at = (k_row + M) * D + d
-    tl.store(grad_kv + at, grad_v.to(grad_kv.dtype.element_ty), mask=d_in, eviction_policy="evict_first")
+    tl.store(grad_kv + at, grad_v.to(grad_kv.dtype.element_ty), mask=d_in)
     return more
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 WARP = 32  # threads
 WIDTH = 4 * WARP  # channels
-CHUNK = 48  # tokens, of which those of `Queue` have that many or somewhat more
 _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 
 
@@ -142,43 +141,22 @@ class Rows(NamedTuple):
         return min(self.blocks, machine(device).processors * max(16 // self.warps, 1))
 
 
-class Queue(NamedTuple):
-    """Programs of one warp that draw tickets: in each turn for what the taps of a chunk of tokens hand back, by phases
-    of the dilation and `blocks` of `block` channels; for the factors of the chunk `lag` before it, by `tokens`; and for
-    the gradients of the chunk `later` before it, by `width` channels of each of its `runs` of `run` tokens."""
+class Strip(NamedTuple):
+    """Programs of one warp, each for a block of channels and every `apart`-th token of a run."""
 
-    chunk: int
-    ring: int
-    lag: int
-    later: int
-    block: int
-    blocks: int
-    tokens: int
     width: int
+    blocks: int
     run: int
     runs: int
-    chunks: int
-    tickets: int
-    programs: int
 
     @classmethod
-    def of(cls, N: int, M: int, D: int, taps: int, dilation: int, device: torch.device) -> Queue:
-        programs = 12 * machine(device).processors  # with 168 registers for each thread
-        block = min(2 * WARP if M * taps <= 16 else WARP, _padded(D))
-        blocks, width = ceil_div(D, block), min(WIDTH, _padded(D))
-        # Taps reach no farther than the chunk before.
-        chunk, run = dilation * max(ceil_div(CHUNK, dilation), taps - 1), ceil_div(CHUNK, 2)
-        chunks, runs = ceil_div(N, chunk), ceil_div(chunk, run)
-        tokens = min(max(1024 // (triton.next_power_of_2(blocks) * triton.next_power_of_2(M)), 1), WARP)
-        # Two thirds of the warps are busy with taps, which end before others begin that would wait for them.
-        lag = ceil_div(2 * programs, 3 * blocks * dilation) + 1
-        later = min(lag + 2, chunks - 1)
-        turn = blocks * dilation + ceil_div(chunk, tokens) + ceil_div(D, width) * runs
-        tickets = (chunks + later) * turn
-        return cls(
-            chunk, lag + 3, min(lag, chunks - 1), later, block, blocks, tokens, width, run, runs, chunks, tickets,
-            min(programs, tickets),
-        )  # fmt: skip
+    def of(cls, N: int, D: int, width: int, resident: int, apart: int, device: torch.device) -> Strip:
+        """As many programs as a device holds of which `resident` run on a processor."""
+        width = min(width, _padded(D))
+        blocks = ceil_div(D, width)
+        runs = max(resident * machine(device).processors // (blocks * apart), 1)
+        run = ceil_div(ceil_div(N, runs), apart) * apart
+        return cls(width, blocks, run, ceil_div(N, run))
 
 
 def _padded(D: int) -> int:

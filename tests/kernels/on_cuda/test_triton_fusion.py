@@ -12,7 +12,7 @@ from engram.kernels.fusion import fuse_memory_backward_reference, fuse_memory_re
 from engram.kernels.triton import launch
 from engram.kernels.triton.fusion_backward import fuse_memory_backward_triton
 from engram.kernels.triton.fusion_forward import fuse_memory_triton
-from engram.kernels.triton.launch import Machine, Queue
+from engram.kernels.triton.launch import Machine
 
 SHAPE = {"B": 2, "T": 11, "M": 2, "D": 24, "taps": 4, "dilation": 3, "past": 0}
 CASES: dict[str, dict[str, Any]] = {
@@ -136,54 +136,24 @@ def test_chunks_do_not_show(
 
 
 @pytest.mark.parametrize("case", LAUNCHES)
-def test_chunks_of_the_backward_do_not_show(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as taps reach: 9 tokens where the dilation is 3."""
+def test_runs_do_not_show(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward's runs, of 6 tokens each where the dilation is 3."""
     monkeypatch.setattr(launch, "machine", lambda device: Machine(2, 50 * 2**20))
-    monkeypatch.setattr(launch, "CHUNK", 8)
     check(inputs(device, **SHAPE | {"T": 23, "M": 1, "packed": True} | LAUNCHES[case]), True, narrow=False)
 
 
 @pytest.mark.parametrize("long", [7, 23, 80])
-def test_chunks_may_lie_within_a_document(long: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of chunks of 21 tokens the backward takes 9 at a time that have all their taps."""
-    monkeypatch.setattr(launch, "CHUNK", 20)
+def test_runs_may_lie_within_a_document(long: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs of 21 tokens the backward takes 9 at a time that have all their taps."""
+    monkeypatch.setattr(launch, "machine", lambda device: Machine(1, 50 * 2**20))
     arguments = inputs(device, **SHAPE | {"B": 1, "T": 80})
     arguments[6] = (torch.arange(80, device=device) // long).expand(1, -1)
     check(arguments, True, narrow=False)
 
 
-def test_more_chunks_than_have_sums_of_their_own(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "CHUNK", 4)
-    arguments = inputs(device, **SHAPE | {"T": 42, "taps": 2, "M": 1, "packed": True})
-    queue = Queue.of(84, 1, 24, 2, 3, device)
-    assert queue.chunks > queue.ring
-    check(arguments, True, narrow=False)
-
-
-@pytest.mark.parametrize("N", [1, 48, 49, 96, 97, 4096, 16384])
-@pytest.mark.parametrize(("D", "taps", "dilation"), [(64, 1, 1), (2560, 4, 3), (4096, 4, 3), (2560, 3, 40)])
-def test_what_is_waited_for_was_given_out_before(
-    N: int, D: int, taps: int, dilation: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the order of tickets in `_turns_kernel`: taps of a chunk, then factors, then gradients."""
-    monkeypatch.setattr(launch, "machine", lambda device: Machine(132, 50 * 2**20))
-    queue = Queue.of(N, 4, D, taps, dilation, device)
-    assert queue.chunk >= (taps - 1) * dilation
-    assert queue.chunk % dilation == 0
-    for chunk in range(queue.chunks):
-        needed = min(chunk + 1, queue.chunks - 1)  # the last whose taps reach into the chunk
-        assert needed <= chunk + queue.lag <= chunk + queue.later
-    turns, rest = divmod(queue.tickets, queue.chunks + queue.later)
-    assert rest == 0
-    handed, given = queue.blocks * dilation, -(-D // queue.width) * queue.runs
-    assert turns == handed + -(-queue.chunk // queue.tokens) + given
-    assert queue.runs * queue.run >= queue.chunk
-
-
 @pytest.mark.parametrize("M", [1, 4])
 def test_chunks_and_runs_do_not_show_in_bfloat16(M: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     small_chunks(monkeypatch, 2, 7)
-    monkeypatch.setattr(launch, "CHUNK", 8)
     types = {"hidden": torch.bfloat16, "kv": torch.bfloat16}
     check(inputs(device, **SHAPE | {"T": 17, "M": M, "packed": True, "residual": True}, **types), False, narrow=True)
 
