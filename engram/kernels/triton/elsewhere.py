@@ -1,8 +1,9 @@
 """`pick_rows` for CUDA, in Triton (reference: engram/kernels/elsewhere.py): also from pinned memory of the host.
 
 A program asks for several rows at once. Of those that are cached nothing goes over the bus; the others cross it once
-for each time they are read, and the host has no part in it. There are few programs, and each takes one block of rows
-after another: enough to fill the bus, and none that wait in line before the kernels that compute meanwhile.
+for each time they are read, and the host has no part in it. There is one program of one warp and few registers for each
+processor, and it takes one block of rows after another: large products leave room for just that (384 threads of 168
+registers leave 1,024 of 65,536), so that rows come while they compute and they need not wait for rows.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engram.kernels.triton.launch import ceil_div, machine
+from engram.kernels.triton.launch import at_most, ceil_div, machine
 
-_PROGRAMS = 2  # for each processor: 3 KB on their way, while the bus takes some 100 KB in the time of a trip
+_NUMBERS = 256  # of a program at a time: with 132 of them some 100 KB are on their way, what a bus takes in a trip
+_REGISTERS = 32
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -47,10 +49,10 @@ def pick_rows_triton(cache: Tensor, slots: Tensor, table: Tensor, rows: Tensor) 
     parts = [x.contiguous().view(number) for x in (cache, table, picked)]
     S = S // number.itemsize
     width = min(triton.next_power_of_2(S), 256)
-    count = max(512 // width, 1)
-    programs = min(ceil_div(N, count), _PROGRAMS * machine(picked.device).processors)
+    count = max(_NUMBERS // width, 1)
+    programs = min(ceil_div(N, count), machine(picked.device).processors)
     _pick_kernel[(programs, ceil_div(S, width))](
         parts[0], slots.contiguous(), parts[1], rows.contiguous(), parts[2],
-        N, S=S, ROWS=count, WIDTH=width, num_warps=4,
+        N, S=S, ROWS=count, WIDTH=width, num_warps=1, **at_most(_REGISTERS),
     )  # fmt: skip
     return picked
