@@ -70,7 +70,7 @@ class MemoryTable(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Rows `[..., H]` (int64 indices) -> their values `[..., H, width]`."""
         learns = torch.is_grad_enabled() and self.weight.requires_grad
-        if learns and torch.compiler.is_dynamo_compiling():
+        if learns and torch.compiler.is_dynamo_compiling():  # an export that comes this way can't be told apart
             return _read_rows(self.weight, rows, self._anchor, self._number)
         return _Read.apply(self.weight, rows) if learns else gather_rows(self.weight, rows)
 
