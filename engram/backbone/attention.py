@@ -198,14 +198,14 @@ def _attend_to(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | 
     """Softmax attention of `[B, T, h, c]` on what is kept, keys and values `[B, S, g, c]` of any type, where visible
     `[B, 1, T, S]`; in the type of `q`."""
     with torch.autocast(v.device.type, enabled=False):
-        T, g = q.shape[1], k.shape[2]
-        each = q.shape[2] // g
+        B, T, h, c = q.shape
+        g, each = k.shape[2], h // k.shape[2]
         # Queries that share a key stand below each other, as if they were more tokens: no key is repeated for them.
-        q = rearrange(q, "B T (g each) c -> B g (T each) c", g=g)
+        q = q.view(B, T, g, each, c).transpose(1, 2).reshape(B, g, T * each, c)
         visible = visible.unsqueeze(3).expand(-1, -1, -1, each, -1).flatten(2, 3)
         k, v = (x.to(q.dtype).transpose(1, 2) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, visible, scale=scale)
-        return rearrange(y, "B g (T each) c -> B T (g each) c", T=T)
+        return y.view(B, g, T, each, -1).transpose(1, 2).flatten(2, 3)
 
 
 Attention = GroupedQueryAttention | MultiHeadLatentAttention
