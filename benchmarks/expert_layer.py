@@ -180,21 +180,29 @@ def whole_layer(size: Size, ours: MoE, blocks: dict[str, OlmoeSparseMoeBlock]) -
     return sides
 
 
+def results_of(compute: Compute, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A side's output and its gradient of the tokens."""
+    y = compute(batch)
+    return y.detach(), torch.autograd.grad(y, batch.x_ND, batch.grad_ND)[0]
+
+
+def require_close(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], allowed: float, what: str) -> None:
+    """Raise unless each of two results differs by no more than `allowed` of what is wanted."""
+    for one, other in zip(found, wanted, strict=True):
+        error = float((one - other).norm() / other.norm())
+        if not error <= allowed:
+            raise AssertionError(f"{what} by {error:.2g} of its size, {allowed:g} allowed")
+
+
 def check(size: Size, sides: dict[str, Compute], batch: Batch) -> None:
     """Raise unless all sides but the dense one give our output and our gradient of the tokens.
 
     With bfloat16 weights OLMoE's router scores in bfloat16 and ours in float32, so some tokens' last expert differs.
     """
     allowed = 1e-4 if size.dtype == torch.float32 else 0.03 if "loop" in sides else 0.3
-    results = {}
-    for name, compute in sides.items():
-        y = compute(batch)
-        results[name] = (y.detach(), *torch.autograd.grad(y, batch.x_ND, batch.grad_ND))
+    results = {name: results_of(compute, batch) for name, compute in sides.items()}
     for name in sides.keys() - {"ours", "dense"}:
-        for one, other in zip(results["ours"], results[name], strict=True):
-            error = float((one - other).norm() / other.norm())
-            if error > allowed:
-                raise AssertionError(f"{name} differs from ours by {error:.2g} of its size, {allowed:g} allowed")
+        require_close(results["ours"], results[name], allowed, f"{name} differs from ours")
 
 
 def forward(compute: Compute, batch: Batch) -> None:

@@ -9,14 +9,27 @@ times. Rates count 18 N K d F FLOPs forward and backward, 6 forward. `python ben
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from expert_layer import Batch, Compute, Size, Tokens, dense, forward, forward_backward, our_experts, their_blocks
+from expert_layer import (
+    Batch,
+    Compute,
+    Size,
+    Tokens,
+    dense,
+    forward,
+    forward_backward,
+    loop,
+    our_experts,
+    require_close,
+    results_of,
+    their_blocks,
+)
 from harness import Table, alternate_on_gpu, dense_rate, gpu_hardware, store
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram import MoE, MoEConfig
 
@@ -29,7 +42,7 @@ SIZES = (
 ALLOWED = 0.02  # difference from the loop in float32, in parts of its size
 
 
-def scattermoe(size: Size, ours: MoE) -> Compute | str:
+def scattermoe(size: Size, ours: MoE) -> nn.Module | str:
     """The peer's layer on our weights, or why there is none."""
     try:
         from scattermoe.mlp import GLUMLP
@@ -40,47 +53,32 @@ def scattermoe(size: Size, ours: MoE) -> Compute | str:
         gate, up = ours.experts.w_gate_up.mT.chunk(2, dim=1)
         layer.experts.weight.copy_(torch.cat([up, gate], 1))
         layer.output_experts.weight.copy_(ours.experts.w_down.mT)
-    compute = lambda b: layer(b.x_ND, b.weights_NK, b.experts_NK)  # noqa: E731
-    compute.parameters = list(layer.parameters())  # type: ignore[attr-defined]
-    return compute
+    return layer
 
 
 def expected(moe: MoE, batch: Batch) -> tuple[Tensor, Tensor]:
     """Output and gradient of the tokens, expert by expert in float32."""
-    x = batch.x_ND.detach().float().requires_grad_()
-    y = torch.zeros_like(x)
-    for e in range(moe.config.n_experts):
-        tokens, place = (batch.experts_NK == e).nonzero(as_tuple=True)
-        gate, up = (x[tokens] @ moe.experts.w_gate_up[e].detach().float()).chunk(2, -1)
-        out = (torch.nn.functional.silu(gate) * up) @ moe.experts.w_down[e].detach().float()
-        y = y.index_add(0, tokens, out * batch.weights_NK.detach().float()[tokens, place].unsqueeze(1))
-    return y.detach(), torch.autograd.grad(y, x, batch.grad_ND.float())[0]
+    exact = Batch(
+        batch.x_ND.detach().float().requires_grad_(),
+        batch.experts_NK,
+        batch.weights_NK.detach().float(),
+        batch.grad_ND.float(),
+    )
+    return results_of(functools.partial(loop, copy.deepcopy(moe).float()), exact)
 
 
-def check(name: str, compute: Compute, batch: Batch, wanted: tuple[Tensor, Tensor]) -> None:
-    """Raise unless a side gives the output and the gradient of the tokens that are wanted."""
-    y = compute(batch)
-    found = (y.detach(), *torch.autograd.grad(y, batch.x_ND, batch.grad_ND))
-    for one, other in zip(found, wanted, strict=True):
-        error = float((one.float() - other).norm() / other.norm())
-        if not error < ALLOWED:
-            raise AssertionError(f"{name} differs from the loop in float32 by {error:.2g}, {ALLOWED:g} allowed")
-
-
-def sides_of(size: Size, ours: MoE) -> tuple[dict[str, Compute | str], list[Any]]:
+def sides_of(size: Size, ours: MoE) -> tuple[dict[str, Compute | str], list[nn.Parameter]]:
     """Every side, and all weights whose gradients a backward pass makes."""
-    block = their_blocks(size, ours, ("grouped_mm",))["grouped_mm"]
-    peer = scattermoe(size, ours)
-    load = functools.partial(our_experts, ours)
+    block, peer = their_blocks(size, ours, ("grouped_mm",))["grouped_mm"], scattermoe(size, ours)
     sides: dict[str, Compute | str] = {
-        "ours": load,
+        "ours": functools.partial(our_experts, ours),
         "grouped_mm": lambda b: block.experts(b.x_ND, b.experts_NK, b.weights_NK),
-        "scattermoe": peer,
+        "scattermoe": peer if isinstance(peer, str) else lambda b: peer(b.x_ND, b.weights_NK, b.experts_NK),
         "dense": functools.partial(dense, ours),
         "ours, with router": lambda b: ours(b.x_ND.unsqueeze(0)).squeeze(0),
     }
-    parameters = [*ours.parameters(), *block.parameters(), *getattr(peer, "parameters", [])]
-    return sides, parameters
+    layers = [ours, block] if isinstance(peer, str) else [ours, block, peer]
+    return sides, [parameter for layer in layers for parameter in layer.parameters()]
 
 
 def main() -> None:
@@ -109,7 +107,8 @@ def main() -> None:
         wanted = expected(ours, batch)
         for name, compute in sides.items():
             if name in ("ours", "grouped_mm", "scattermoe") and not isinstance(compute, str):
-                check(name, compute, batch, wanted)
+                found = results_of(compute, batch)
+                require_close((found[0].float(), found[1].float()), wanted, ALLOWED, f"{name} differs from the loop")
         load_E = torch.bincount(batch.experts_NK.flatten(), minlength=size.E).float()
         for what, factor in (("forward", 6), ("both", 18)):
             calls: dict[str, Callable[[], object] | str] = {}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from harness import alternate_on_gpu, copy_rate, gpu_hardware, store
+from harness import Call, alternate_on_gpu, copy_rate, gpu_hardware, store
 from torch import Tensor
 
 from engram.kernels import fusion, hashing, loss, norm, rows
@@ -35,8 +35,6 @@ CHUNK_LOGITS = 2**26  # as in the loss of a model
 SEQUENCE = 4096
 COMPILE_LIMIT = 64
 BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
-
-Call = Callable[[], Any]
 
 
 class Case(NamedTuple):

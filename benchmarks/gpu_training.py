@@ -66,8 +66,8 @@ def training_flops(config: ModelConfig, T: int, document: int) -> float:
 class Trainer:
     """Steps on random text by Zipf's law, documents of which are packed into rows if `document` says how long."""
 
-    def __init__(self, config: ModelConfig, shape: tuple[int, int], micro_batches: int, document: int) -> None:
-        self.shape, self.micro_batches, self.document = shape, micro_batches, document
+    def __init__(self, config: ModelConfig, shape: tuple[int, int], document: int) -> None:
+        self.shape, self.document = shape, document
         self.device = torch.device("cuda")
         with torch.device("meta"):
             self.model = EngramLM(config)
@@ -105,7 +105,7 @@ def loss_of(model: EngramLM, ids: Tensor, documents: Tensor | None) -> Tensor:
         return mean_loss(model.run(ids[:, :-1], documents).hidden, model.head_weight, ids[:, 1:])
 
 
-def measure(trainer: Trainer, rounds: int) -> dict[str, float]:
+def measure(trainer: Trainer, micro_batches: int, rounds: int) -> dict[str, float]:
     """Median seconds of a step, after one short one that warms up; the last loss; and the most memory held."""
     torch.cuda.reset_peak_memory_stats()
     trainer.step(2)
@@ -113,7 +113,7 @@ def measure(trainer: Trainer, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        loss = trainer.step(trainer.micro_batches)
+        loss = trainer.step(micro_batches)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated()
@@ -160,14 +160,14 @@ def main() -> None:
         config = models()[name]
         for document in arguments.documents:
             flops = training_flops(config, T, document)
-            trainer = Trainer(config, (B, T), arguments.micro_batches, document)
+            trainer = Trainer(config, (B, T), document)
             if arguments.profile:
                 Path(arguments.profile).write_text(profile(trainer))
                 return
             for mode in arguments.modes:
                 if mode == "compiled":
                     trainer.compile()
-                found = measure(trainer, arguments.rounds)
+                found = measure(trainer, arguments.micro_batches, arguments.rounds)
                 tokens_per_s = arguments.micro_batches * B * T / found["step_s"]
                 of_rate = tokens_per_s * flops / rate
                 print(f"{name:>10} {mode:>9} {document:>9} {tokens_per_s:>9,.0f} {of_rate:>8.1%} "

@@ -97,8 +97,7 @@ def _seconds(side: Side, inputs: Sequence[Any]) -> float:
 # on a CUDA device
 
 
-Call = Callable[[], object]
-GPU_ROUNDS = 20
+Call = Callable[[], Any]
 PAUSE = 2_000_000  # cycles, about a millisecond
 
 
@@ -110,13 +109,11 @@ def gpu_hardware() -> dict[str, str | int | float]:
     return {**hardware(), "gpu": device.name, "gpu_memory": device.total_memory, "triton": triton.__version__}
 
 
-def alternate_on_gpu(
-    calls: Mapping[str, Call | str], rounds: int = GPU_ROUNDS, ours: str = "ours"
-) -> dict[str, Measured]:
+def alternate_on_gpu(calls: Mapping[str, Call | str], rounds: int = 20) -> dict[str, Measured]:
     """Median seconds of each side's call on the device, in turn, each with a cold L2 cache and its launches queued
     behind a pause, so that the host's time does not count.
 
-    A side given as a string has no time but that reason, as has a peer that fails; `ours` must not.
+    A side given as a string has no time but that reason, as has a peer that fails; the side `ours` must not.
     """
     result: dict[str, Measured] = {}
     running: dict[str, Call] = {}
@@ -132,7 +129,7 @@ def alternate_on_gpu(
         except torch.OutOfMemoryError:
             result[name] = "out of memory"
         except Exception as error:  # a peer that fails is told of, and the others go on
-            if name == ours:
+            if name == "ours":
                 raise
             result[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
         torch.cuda.empty_cache()

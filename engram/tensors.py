@@ -1,4 +1,4 @@
-"""What every layer asks of a tensor, whatever the layer: a wide enough type to compute in, and ids within bounds."""
+"""What every layer asks of a tensor, whatever the layer: the types to compute in, and ids within bounds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from engram.config import require
 def widen(x: Tensor) -> Tensor:
     """`x` in float32, or float64 if it is that: the types in which norms, angles and softmaxes are computed."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """The type in which matrices multiply `x` here: autocast's where it is on, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def require_ids(ids: Tensor, size: int) -> None:

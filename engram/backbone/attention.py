@@ -161,12 +161,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
             return attention(q, k, v, None if documents is None else documents.starts())
         # Heads of unequal width have no memory-saving kernel; zeros beside the values change nothing.
         padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, each = q.to(v.dtype), k.to(v.dtype), q.shape[2] // k.shape[2]
+        # With documents, kernels of CUDA take as many keys as queries: those of torch 2.11 that know where documents
+        # end, and those that take a mask and don't keep all scores.
+        if documents is not None and each > 1:
+            k, padded, each = k.repeat_interleave(each, 2), padded.repeat_interleave(each, 2), 1
         if documents is not None and _packs(q):
             return _attend_packed(q, k, padded, documents)[..., : v.shape[-1]]
-        mask, each = None if documents is None else documents.mask(), q.shape[2] // k.shape[2]
-        if mask is not None and each > 1:  # with a mask, CUDA's kernels take as many keys as queries or keep all scores
-            k, padded, each = k.repeat_interleave(each, 2), padded.repeat_interleave(each, 2), 1
+        mask = None if documents is None else documents.mask()
         q, k, padded = (x.transpose(1, 2) for x in (q, k, padded))
         y = F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, enable_gqa=each > 1)
         return y[..., : v.shape[-1]].transpose(1, 2)
@@ -182,16 +184,14 @@ def _packs(q: Tensor) -> bool:
 
 
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """As `_attend`, of heads of one type and width, document by document."""
+    """As `_attend`, of as many heads of one type and width, document by document."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = q.shape[2] // k.shape[2]
-    if groups > 1:  # torch 2.11 knows no groups of query heads here
-        k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    q_flat, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    shape = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     bounds, longest = documents.bounds()
-    y = cast(Tensor, varlen_attn(q_flat, k, v, bounds, bounds, longest, longest, window_size=(-1, 0)))
-    return y.view(*q.shape[:3], -1)
+    y = cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0)))
+    return y.view(*shape[:3], -1)
 
 
 def _attend_to(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engram.kernels import cross_entropy_
 from engram.kernels.library import LIBRARY, define
-from engram.tensors import widen
+from engram.tensors import product_type, widen
 
 _CHUNK_LOGITS_CPU = 2**20  # 4 MiB of float32
 _CHUNK_LOGITS = 2**26  # 256 MiB: a GPU wants few and large products
@@ -78,13 +78,13 @@ def mean_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
 
     Products are in the autocast type if autocast is on; the softmax is in float32 (float64 for float64 inputs).
     """
-    return _op(hidden.flatten(0, -2), head_weight, targets.flatten(), _product_type(hidden))[0]
+    return _op(hidden.flatten(0, -2), head_weight, targets.flatten(), product_type(hidden))[0]
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of each next token, `[B, T]`, for evaluation: no gradient. Arguments as `mean_loss`."""
-    dtype = _product_type(hidden)
+    dtype = product_type(hidden)
     h, w = hidden.flatten(0, -2).to(dtype), head_weight.to(dtype)
     rows = chunk_rows(w)
     chunks = zip(h.split(rows), targets.flatten().split(rows), strict=True)
@@ -101,8 +101,3 @@ def chunk_rows(head_VD: Tensor) -> int:
     """Of how many tokens the logits are held at once."""
     logits = _CHUNK_LOGITS_CPU if head_VD.device.type == "cpu" else _CHUNK_LOGITS
     return max(_MIN_ROWS, logits // len(head_VD))
-
-
-def _product_type(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -1,12 +1,12 @@
 """MoE: routing, grouped experts and shared experts as one layer (DeepSeekMoE, arXiv:2401.06066, section 3)."""
 
-import torch
 from torch import Tensor, nn
 
 from engram.config import MoEConfig, require
 from engram.experts.experts import Experts
 from engram.experts.routing import Router, RoutingStats
 from engram.experts.swiglu import SwiGLU
+from engram.tensors import product_type
 
 
 class MoE(nn.Module):
@@ -33,9 +33,7 @@ class MoE(nn.Module):
     def forward_with_stats(self, x: Tensor) -> tuple[Tensor, RoutingStats]:
         """As `forward`, with what the router did."""
         experts, weights, stats = self.router(x)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        low = x.to(dtype)  # once, for both kinds of experts
+        low = x.to(product_type(x))  # once, for both kinds of experts
         routed = self.experts(low.flatten(0, 1), experts.flatten(0, 1), weights.flatten(0, 1), stats.load_E).view(
             x.shape
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engram.config import MoEConfig
 from engram.kernels import load_kernels, route, router_logits, scores_of
+from engram.tensors import product_type
 
 
 class RoutingStats(NamedTuple):
@@ -48,10 +49,9 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
         """Hidden states `[B, T, d]` -> experts `[B, T, K]` (int64), their weights `[B, T, K]` and the statistics."""
         config = self.config
-        device = x_BTD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
-        with torch.autocast(device, enabled=False):
-            logits = router_logits(x_BTD.flatten(0, 1), self.weight, dtype == torch.bfloat16)
+        low = product_type(x_BTD) == torch.bfloat16
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            logits = router_logits(x_BTD.flatten(0, 1), self.weight, low)
         sigmoid = config.score == "sigmoid"
         routed = route(
             logits,

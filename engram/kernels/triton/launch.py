@@ -61,7 +61,7 @@ class Gates(NamedTuple):
     @classmethod
     def of(cls, M: int, D: int, inputs: list[Tensor]) -> Gates:
         branches = triton.next_power_of_2(M)
-        width = min(32 * 16 // max(x.element_size() for x in inputs), _padded(D))
+        width = min(WARP * 16 // max(x.element_size() for x in inputs), _padded(D))
         blocks = ceil_div(D, width)
         ahead = min(range(1, 6), key=lambda n: (ceil_div(blocks, n) * n, -n))
         return cls(branches, width, ahead, min(branches, 16))
@@ -127,8 +127,8 @@ class Rows(NamedTuple):
     def of(cls, R: int, D: int, each: int, warps: int) -> Rows:
         """For `each` numbers a thread; there are more than `warps` warps only where a row needs them."""
         width = _padded(D)
-        warps = min(max(width // (32 * each), warps), 32)
-        rows = max(warps * 32 * each // width, 1)
+        warps = min(max(width // (WARP * each), warps), 32)
+        rows = max(warps * WARP * each // width, 1)
         return cls(rows, width, warps, ceil_div(R, rows))
 
     @property

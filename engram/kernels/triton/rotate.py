@@ -152,15 +152,14 @@ def norm_rotate_backward_triton(
         return norm_rotate_backward_reference(grad, x, weight, cos, sin, inverse)
     (grad, grad_strides), cos, sin = _heads(grad), cos.contiguous(), sin.contiguous()
     R, grad_x = x.numel() // c, x.new_empty(x.shape)
+    rows = Rows.of(R, c // 2, 8, 4)
     if weight is None:
-        rows = Rows.of(R, c // 2, 8, 4)
         _backward_kernel[(rows.blocks,)](
             grad, cos, sin, grad_x, R, T, *grad_strides,
             H=H, HALF=c // 2, ROWS=rows.rows, WIDTH=rows.width, num_warps=rows.warps,
         )  # fmt: skip
         return grad_x, x.new_empty(0, dtype=torch.float32)
     x, x_strides = _heads(x)
-    rows = Rows.of(R, c // 2, 8, 4)
     programs = rows.resident(x.device)
     parts = x.new_empty(programs, c, dtype=torch.float32)
     _norm_backward_kernel[(programs,)](
