@@ -150,11 +150,15 @@ class TrainCLI(LightningCLI):
         stopped = False
         try:
             self.trainer.fit(**kwargs)
-        except SystemExit:  # Lightning's way to end at SIGTERM and SIGINT
+        except SystemExit:  # the way to end at SIGTERM and SIGINT
             stopped = True
         step, steps = self.trainer.global_step, self.trainer.max_steps
         if stopped or step < steps:
-            self.exit_code = EXIT_STOPPED
+            strategy = self.trainer.strategy
+            assert isinstance(strategy, MeshStrategy)
+            self.exit_code = 0 if strategy.is_child_of_rank_0 else EXIT_STOPPED
+            if not strategy.is_global_zero:
+                return
             saved = self.checkpoints.saved_step and last_checkpoint(self.checkpoints.folder)
             hint = ": go on with --ckpt_path last" if saved else ""
             print(f"stopped at step {step} of {steps}{hint}", file=sys.stderr)

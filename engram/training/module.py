@@ -14,6 +14,7 @@ import torch
 import yaml
 from jsonargparse import get_loader
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from engram.backbone import EngramLM, ModelOutput, mean_loss, token_losses
@@ -124,7 +125,12 @@ class LitEngramLM(lightning.LightningModule):
             torch.set_rng_state(self._random_state)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss of a batch in nats, auxiliary losses added."""
+        """Mean loss of a batch in nats, auxiliary losses added.
+
+        Raises:
+            NonFiniteLossError: the mean over all ranks is not finite.
+            SIGTERMException: one of several ranks was sent SIGTERM; on all of them.
+        """
         ids, documents = batch["tokens"], batch["document_ids"]
         if self._prefetch is not None:
             self._prefetch.start(ids, documents, batch["next_tokens"], batch["next_document_ids"])
@@ -132,7 +138,10 @@ class LitEngramLM(lightning.LightningModule):
         loss = mean_loss(output.hidden, self.model.head_weight, batch["targets"])
         if self._prefetch is not None:
             self._prefetch.ask()
-        of_all = self._mean_over_ranks(loss.detach())
+        asked_to_stop = getattr(self.trainer.strategy, "asked_to_stop", False)
+        of_all, asked = self._mean_over_ranks(torch.stack([loss.detach(), loss.new_full((), float(asked_to_stop))]))
+        if asked:
+            raise SIGTERMException
         self._require_finite("training loss", of_all)
         if output.routing:
             self._loads.append(torch.stack([stats.load_E for stats in output.routing]))

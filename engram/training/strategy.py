@@ -1,12 +1,13 @@
 """How Lightning runs the processes of a run: each with its part of the model, and checkpoints that fit any mesh.
 
 With one process there is no process group, and the model is whole; checkpoints are the same. With more, each ends when
-another is lost, and says which: `EXIT_LOST_RANK`.
+another is lost, and says which: `EXIT_LOST_RANK`; and all stop at the same step if one of them is sent SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import lightning
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -44,6 +46,7 @@ class MeshStrategy(ModelParallelStrategy):
         super().__init__(timeout=timedelta(seconds=timeout_s))
         self.parallel = parallel
         self.mesh: Mesh | None = None
+        self.asked_to_stop = False  # by SIGTERM, this process of several
         self._asynchronous = asynchronous
         self._timeout_s = timeout_s
         self._writer: CheckpointWriter | None = None
@@ -74,6 +77,23 @@ class MeshStrategy(ModelParallelStrategy):
             self._end_lost,
         )
         self.mesh = Mesh.of(self.parallel, self.root_device.type)
+
+    def setup(self, trainer: lightning.Trainer) -> None:
+        """Replace what several processes do at SIGTERM: Lightning's handler starts a collective in the midst of another
+        one, which fails or waits for the timeout."""
+        super().setup(trainer)
+        if self.world_size > 1:
+            act = self._note_sigterm if trainer.state.fn == TrainerFn.FITTING else _end_by
+            trainer._signal_connector._sigterm_notifier_fn = act  # type: ignore[method-assign, assignment]
+
+    @property
+    def is_child_of_rank_0(self) -> bool:
+        """Whether Lightning's launcher started this process: it kills rank 0 if this one's exit code is not 0."""
+        met = self.cluster_environment
+        return self.global_rank > 0 and met is not None and not met.creates_processes_externally
+
+    def _note_sigterm(self, number: int, frame: Any) -> None:
+        self.asked_to_stop = True  # `LitEngramLM` tells the others when it next meets them
 
     def _join(self) -> dist.Store:
         """Make the process group before Lightning does; returns the store that the processes meet in.
@@ -182,6 +202,12 @@ class MeshStrategy(ModelParallelStrategy):
         super().teardown()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end_by(number: int, frame: Any) -> None:
+    """End as a process does that handles no signals: a validation has nothing to save."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _is_of_others(error: BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""A process of a job is killed or hangs in mid-step: the job ends, names it, and goes on as if nothing had happened.
+"""A process of a job is killed, hangs or is asked to stop: the job ends, says why, and goes on as if nothing happened.
 
 Each test is a real training run of two processes, with one of the launchers that docs/distributed.md shows.
 """
@@ -23,7 +23,7 @@ import pytest
 import yaml
 from small_model import MODEL
 
-from engram.training.recorder import EXIT_LOST_RANK
+from engram.training.recorder import EXIT_LOST_RANK, EXIT_STOPPED
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 12, 4
@@ -202,7 +202,24 @@ def test_torchrun_starts_again_by_itself_and_ends_with_the_same_losses(start: St
 
 
 def test_a_job_of_accelerate_ends_too_and_names_the_rank(start: Start, whole: Job) -> None:
-    job = start(ACCELERATE, (signal.SIGKILL, 1, 6))
+    # The launcher looks so often that its SIGTERM comes while rank 0 finds out who is lost.
+    job = start([*ACCELERATE, "--monitor_interval=0.002"], (signal.SIGKILL, 1, 6))
     assert job.code not in (0, None)
     assert_names(job, 1, "has died")
     assert job.losses == {step: whole.losses[step] for step in range(EVERY)}
+
+
+def test_a_job_of_which_one_rank_is_asked_to_stop_stops_at_a_step_and_says_so_once(start: Start, whole: Job) -> None:
+    job = start(LIGHTNING, (signal.SIGTERM, 1, 6))
+    assert job.code == EXIT_STOPPED
+    (stopped,) = re.findall(r"^stopped at step (\d+) of 12: go on with --ckpt_path last$", job.said, re.M)
+    assert stopped in ("6", "7")  # a signal to a process is noticed a moment later
+    assert "error" not in job.said.lower()
+    assert job.seconds < TIMEOUT_S / 3
+    assert job.losses == {step: whole.losses[step] for step in range(int(stopped))}
+
+
+def test_torchrun_starts_a_job_again_that_a_signal_to_one_rank_stopped(start: Start, whole: Job) -> None:
+    job = start(TORCHRUN, (signal.SIGTERM, 0, 6))
+    assert job.code == 0, job.said
+    assert job.losses == whole.losses
