@@ -27,7 +27,7 @@ from engram.training.recorder import RESULT
 PREEMPTED = "preempted"  # how a run ended that will be requeued
 EXIT_SUPERSEDED = 5
 _POLL_SECONDS = 0.5
-_STOP_SECONDS = 15.0  # of the 90 that submitit asks for between Slurm's signal and its end
+_STOP_SECONDS = 30.0  # to save a checkpoint, of the 90 that submitit asks for between Slurm's signal and its end
 _SECONDS_BETWEEN_CHECKS = 10.0
 _SHARED_SECONDS = 300.0  # in which every node must see a file that one of them wrote
 

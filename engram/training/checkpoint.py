@@ -33,9 +33,10 @@ def resume_path(asked: str | None, run_folder: Path) -> str | None:
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves a checkpoint every so many steps, and after the validation of a step that has one.
+    """Saves a checkpoint of a `LitEngramLM` every so many steps, and where it stops early: asked to, or out of time.
 
-    Saved before it, as Lightning's own callback does, the validation would be missing from a resumed run.
+    Of a step that has a validation it is saved after that: saved before it, as Lightning's own callback does, the
+    validation would be missing from a resumed run.
 
     Args:
         folder: where to save: `step-NNNNNNNN` inside, the latest alone.
@@ -45,30 +46,36 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: str | Path, every: int) -> None:
         self.folder, self.every = Path(folder), every
         self.saved_step = 0
+        self._step_before = 0  # the batch
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Note where training goes on from: that step is saved already."""
         self.saved_step = trainer.global_step
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note the step, to know whether the batch makes one."""
+        self._step_before = trainer.global_step
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save if it is time and no validation follows."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if not trainer.enable_validation or batches % trainer.val_check_batch:
-            self._save_if_due(trainer)
+            self._save_if_due(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Save if it is time."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._save_if_due(trainer)
+            self._save_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Wait for what is still being written."""
         trainer.strategy.writer.wait()
 
-    def _save_if_due(self, trainer: Any) -> None:
+    def _save_if_due(self, trainer: Any, module: Any) -> None:
         step = trainer.global_step
-        # Between the steps of accumulated gradients `global_step` stays, and nothing may be saved.
-        if step % self.every == 0 and step != self.saved_step:
+        if step in (self._step_before, self.saved_step):
+            return  # while gradients are accumulated nothing may be saved
+        if step % self.every == 0 or trainer.should_stop or module.stopping_at is not None:
             self.saved_step = step
             _write_metrics(trainer)
             trainer.save_checkpoint(checkpoint_folder(self.folder, step))

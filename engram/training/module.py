@@ -61,6 +61,7 @@ class LitEngramLM(lightning.LightningModule):
         self.optim_config = optim
         self.model: EngramLM
         self.lookup: Tensor
+        self.stopping_at: int | None = None  # the step in which all ranks learnt that one was asked to stop
         self._loads: list[Tensor] = []
         self._sums = torch.zeros(0)
         self._random_state: Tensor | None = None
@@ -124,12 +125,15 @@ class LitEngramLM(lightning.LightningModule):
         if self._random_state is not None:
             torch.set_rng_state(self._random_state)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss of a batch in nats, auxiliary losses added.
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Raises `SIGTERMException` when the step in which a rank was asked to stop is over."""
+        if self.stopping_at is not None and self.global_step > self.stopping_at:
+            raise SIGTERMException
 
-        Raises:
-            NonFiniteLossError: the mean over all ranks is not finite.
-            SIGTERMException: one of several ranks was sent SIGTERM; on all of them.
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss of a batch in nats, auxiliary losses added; sets `stopping_at` if a rank was asked to stop.
+
+        Raises `NonFiniteLossError` if the mean over all ranks is not finite.
         """
         ids, documents = batch["tokens"], batch["document_ids"]
         if self._prefetch is not None:
@@ -138,11 +142,11 @@ class LitEngramLM(lightning.LightningModule):
         loss = mean_loss(output.hidden, self.model.head_weight, batch["targets"])
         if self._prefetch is not None:
             self._prefetch.ask()
-        asked_to_stop = getattr(self.trainer.strategy, "asked_to_stop", False)
-        of_all, asked = self._mean_over_ranks(torch.stack([loss.detach(), loss.new_full((), float(asked_to_stop))]))
-        if asked:
-            raise SIGTERMException
+        asked = loss.new_full((), float(getattr(self.trainer.strategy, "asked_to_stop", False)))
+        of_all, asked = self._mean_over_ranks(torch.stack([loss.detach(), asked]))
         self._require_finite("training loss", of_all)
+        if asked and self.stopping_at is None:
+            self.stopping_at = self.global_step
         if output.routing:
             self._loads.append(torch.stack([stats.load_E for stats in output.routing]))
         self.log("train/loss", of_all, prog_bar=True)

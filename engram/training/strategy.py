@@ -1,7 +1,7 @@
 """How Lightning runs the processes of a run: each with its part of the model, and checkpoints that fit any mesh.
 
 With one process there is no process group, and the model is whole; checkpoints are the same. With more, each ends when
-another is lost, and says which: `EXIT_LOST_RANK`; and all stop at the same step if one of them is sent SIGTERM.
+another is lost, and says which: `EXIT_LOST_RANK`. SIGTERM to any of them is noted, for all to stop after the same step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MeshStrategy(ModelParallelStrategy):
         super().__init__(timeout=timedelta(seconds=timeout_s))
         self.parallel = parallel
         self.mesh: Mesh | None = None
-        self.asked_to_stop = False  # by SIGTERM, this process of several
+        self.asked_to_stop = False  # this process, by SIGTERM
         self._asynchronous = asynchronous
         self._timeout_s = timeout_s
         self._writer: CheckpointWriter | None = None
@@ -79,12 +79,11 @@ class MeshStrategy(ModelParallelStrategy):
         self.mesh = Mesh.of(self.parallel, self.root_device.type)
 
     def setup(self, trainer: lightning.Trainer) -> None:
-        """Replace what several processes do at SIGTERM: Lightning's handler starts a collective in the midst of another
-        one, which fails or waits for the timeout."""
+        """Replace what Lightning does at SIGTERM: with several processes it starts a collective in the midst of another
+        one, which fails or waits for the timeout; and it saves nothing."""
         super().setup(trainer)
-        if self.world_size > 1:
-            act = self._note_sigterm if trainer.state.fn == TrainerFn.FITTING else _end_by
-            trainer._signal_connector._sigterm_notifier_fn = act  # type: ignore[method-assign, assignment]
+        act = self._note_sigterm if trainer.state.fn == TrainerFn.FITTING else _end_by
+        trainer._signal_connector._sigterm_notifier_fn = act  # type: ignore[method-assign, assignment]
 
     @property
     def is_child_of_rank_0(self) -> bool:

@@ -75,7 +75,7 @@ def interrupt() -> None:
 # A signal may be taken by another thread of the process first, and be noticed a step earlier or later.
 @pytest.mark.parametrize(
     ("act", "stopped_at"),
-    [(lambda: os.kill(os.getpid(), signal.SIGTERM), "[67]"), (interrupt, "6")],
+    [(lambda: os.kill(os.getpid(), signal.SIGTERM), "[78]"), (interrupt, "6")],
     ids=["TERM", "INT"],
 )
 def test_a_run_that_is_stopped_says_where_and_how_to_go_on(
@@ -86,9 +86,9 @@ def test_a_run_that_is_stopped_says_where_and_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     at_step_6(act)
-    run = train()
+    run = train(trainer__max_steps=12)
     assert run.code == 130
-    assert re.fullmatch(f"stopped at step {stopped_at} of 8: go on with --ckpt_path last", said(capsys))
+    assert re.fullmatch(f"stopped at step {stopped_at} of 12: go on with --ckpt_path last", said(capsys))
     assert not (run.folder / "result.json").exists()
 
 

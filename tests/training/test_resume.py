@@ -138,6 +138,57 @@ def test_a_killed_process_goes_on_where_its_checkpoint_was(train: Train, tmp_pat
     assert_same_state(whole, rest)
 
 
+def ask_to_stop(module: LitEngramLM) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_out_of_time(module: LitEngramLM) -> None:
+    module.trainer.should_stop = True  # as Lightning's timer does for `trainer.max_time`
+
+
+@pytest.mark.parametrize(
+    ("act", "batch", "stops", "changes"),
+    [
+        (ask_to_stop, 5, (6, 7), {}),
+        (ask_to_stop, 3, (4, 5), {}),  # whose validation comes first
+        (ask_to_stop, 5, (6, 7), {"checkpoint_async": True}),
+        (ask_to_stop, 4, (3,), {"trainer__accumulate_grad_batches": 2}),
+        (ask_to_stop, 5, (3, 4), {"trainer__accumulate_grad_batches": 2}),
+        (run_out_of_time, 5, (6,), {}),
+        (run_out_of_time, 5, (3,), {"trainer__accumulate_grad_batches": 2}),
+    ],
+)
+def test_a_run_that_ends_early_saves_its_last_step_and_goes_on_as_if_it_had_not(
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[LitEngramLM], None],
+    batch: int,
+    stops: tuple[int, ...],
+    changes: dict[str, Any],
+) -> None:
+    whole = train("whole", **changes)
+    step = LitEngramLM.training_step
+
+    def acting_step(self: LitEngramLM, inputs: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == batch:
+            act(self)
+        return step(self, inputs, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitEngramLM, "training_step", acting_step)
+        stopped = train("stopped", **changes)
+    assert stopped.code == 130
+    # A signal may be taken by another thread of the process first, and be noticed a step later.
+    at = stopped.checkpoint["global_step"]
+    assert at in stops
+    assert list(stopped.column("train/loss")) == list(range(at))
+    rest = train("stopped", resume=last_checkpoint(stopped.folder / "checkpoints"), **changes)
+    assert rest.code == 0
+    assert rest.column("train/loss") == whole.column("train/loss")
+    assert rest.result["history"] == whole.result["history"]
+    assert_same_state(whole, rest)
+
+
 def test_a_checkpoint_is_refused_by_a_run_with_another_tokenizer_model_optimiser_or_data(
     train: Train, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
