@@ -76,7 +76,8 @@ struct Mixer {
           for (int64_t t = 0; t < n; ++t) same[t] &= -int64_t(kind[t - back] == kind[t]);
         if (eos >= 0 && back > 0)
           for (int64_t t = 0; t < n; ++t) same[t] &= -int64_t(then[t] != eos);
-        for (int64_t t = 0; t < n; ++t) now[t] ^= static_cast<uint64_t>(same[t] ? then[t] : pad) * factor;
+        // Masked, since gcc makes no vectors of `same[t] ? then[t] : pad`.
+        for (int64_t t = 0; t < n; ++t) now[t] ^= static_cast<uint64_t>(pad ^ ((then[t] ^ pad) & same[t])) * factor;
       }
       std::memcpy(mix + o * kTokens, now, n * sizeof(int64_t));
     }
