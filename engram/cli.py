@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -245,17 +247,22 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _unwind_when_ended() -> None:
-    """Let a polite kill or a closed terminal unwind as Ctrl-C does, so that the sweep stops the runs it started. Slurm
-    jobs go on without their launcher, so there only Ctrl-C stops them."""
+@contextmanager
+def _unwinding_when_ended() -> Iterator[None]:
+    """Let a polite kill or a closed terminal unwind as Ctrl-C does, so that the sweep stops the runs it started."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # what nohup chose stays
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # what nohup chose stays
+    try:
+        for number in numbers:
             signal.signal(number, leave)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -263,7 +270,10 @@ def _run(args: argparse.Namespace) -> int:
     from engram.sweep.plan import SweepPlan
 
     plan = SweepPlan.load(args.plan)
-    failures = run_sweep(plan, _executor(args, plan))
+    executor = _executor(args, plan)
+    # Slurm jobs go on without their launcher, so there only Ctrl-C stops them.
+    with _unwinding_when_ended() if args.executor == "local" else nullcontext():
+        failures = run_sweep(plan, executor)
     for failure in failures:
         print(f"failed: {failure.point.name} ({failure.how}), last lines of its log:\n{failure.tail}")
     print(f"points: {plan.folder / 'points'}")
@@ -280,7 +290,6 @@ def _executor(args: argparse.Namespace, plan: SweepPlan) -> Executor:
 
         for name, value in given.items():
             raise ConfigError(f"{name} is {value!r}: allowed is with --executor slurm alone")
-        _unwind_when_ended()
         return LocalExecutor(workers, plan.threads)
     from engram.sweep.slurm import SlurmExecutor, SlurmOptions
 

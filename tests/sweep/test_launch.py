@@ -211,7 +211,9 @@ def _train_and_report(plan: SweepPlan, path: Path) -> None:
     checkpoints = plan.points()[0].folder / "checkpoints"
     killed = _killed(path, signal.SIGKILL, lambda: last_checkpoint(checkpoints) is not None)
     (path.parent / "killed.json").write_text(json.dumps(killed))
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     assert main(["sweep", "run", str(path)]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == handlers
     assert main(["sweep", "report", str(path)]) == 0
 
 
