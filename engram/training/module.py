@@ -142,8 +142,7 @@ class LitEngramLM(lightning.LightningModule):
         loss = mean_loss(output.hidden, self.model.head_weight, batch["targets"])
         if self._prefetch is not None:
             self._prefetch.ask()
-        asked = loss.new_full((), float(getattr(self.trainer.strategy, "asked_to_stop", False)))
-        of_all, asked = self._mean_over_ranks(torch.stack([loss.detach(), asked]))
+        of_all, asked = self._share(loss.detach())
         self._require_finite("training loss", of_all)
         if asked and self.stopping_at is None:
             self.stopping_at = self.global_step
@@ -155,12 +154,15 @@ class LitEngramLM(lightning.LightningModule):
             self.log_dict({f"lr/{g['name']}": g["lr"] for g in self.trainer.optimizers[0].param_groups})
         return loss + sum((stats.aux_loss for stats in output.routing), loss.new_zeros(()))
 
-    def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        """What all ranks then know alike: they must go on, or stop, together."""
-        if self._n_ranks > 1:
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-        return value / self._n_ranks
+    def _share(self, loss: Tensor) -> tuple[Tensor, bool]:
+        """The mean of a loss over all ranks, and whether any of them was asked to stop: they must go on, or stop,
+        together."""
+        asked = getattr(self.trainer.strategy, "asked_to_stop", False)
+        if self._n_ranks == 1:
+            return loss, asked
+        both = torch.stack([loss, loss.new_full((), float(asked))])
+        torch.distributed.all_reduce(both)
+        return both[0] / self._n_ranks, bool(both[1])
 
     def _require_finite(self, what: str, value: Tensor) -> None:
         # Asked before the weights move, so that no checkpoint can hold what is broken; a device waits for the answer.
