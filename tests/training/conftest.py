@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 from small_run import MODEL, Run, merge, write_texts
+from torch import Tensor
 
 from engram.training.main import main
+from engram.training.module import LitEngramLM
 from engram.training.strategy import MeshStrategy
 
 
@@ -76,3 +78,20 @@ def train(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return Run(main(["fit", "--config", str(folder / "run.yaml"), *more, *flags]), folder)
 
     return run
+
+
+@pytest.fixture
+def in_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[LitEngramLM], None]], None]:
+    """Does something once, in the training step of a batch with that number."""
+
+    def install(number: int, act: Callable[[LitEngramLM], None]) -> None:
+        step, left = LitEngramLM.training_step, [act]
+
+        def acting_step(self: LitEngramLM, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == number and left:
+                left.pop()(self)
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(LitEngramLM, "training_step", acting_step)
+
+    return install

@@ -5,17 +5,16 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from small_run import Run
-from torch import Tensor
 
 from engram.training.main import main
 from engram.training.module import LitEngramLM
 
 Train = Callable[..., Run]
+InBatch = Callable[[int, Callable[[LitEngramLM], None]], None]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -31,23 +30,6 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of pytest are not the command's."""
     monkeypatch.setattr("sys.argv", ["train.py"])
-
-
-@pytest.fixture
-def at_step_6(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
-    """Does something in the step that follows the sixth."""
-
-    def install(act: Callable[[], None]) -> None:
-        step = LitEngramLM.training_step
-
-        def acting_step(self: LitEngramLM, batch: Any, batch_idx: int) -> Tensor:
-            if self.global_step == 6:
-                act()
-            return step(self, batch, batch_idx)
-
-        monkeypatch.setattr(LitEngramLM, "training_step", acting_step)
-
-    return install
 
 
 def test_validating_a_run_changes_nothing_in_its_folder(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,24 +50,24 @@ def test_last_is_the_checkpoint_of_the_runs_own_folder(train: Train) -> None:
     assert [entry["step"] for entry in run.result["history"]] == [4, 8, 12]
 
 
-def interrupt() -> None:
+def interrupt(module: LitEngramLM) -> None:
     raise KeyboardInterrupt
 
 
 # A signal may be taken by another thread of the process first, and be noticed a step earlier or later.
 @pytest.mark.parametrize(
     ("act", "stopped_at"),
-    [(lambda: os.kill(os.getpid(), signal.SIGTERM), "[78]"), (interrupt, "6")],
+    [(lambda module: os.kill(os.getpid(), signal.SIGTERM), "[78]"), (interrupt, "6")],
     ids=["TERM", "INT"],
 )
 def test_a_run_that_is_stopped_says_where_and_how_to_go_on(
     train: Train,
-    at_step_6: Callable[[Callable[[], None]], None],
-    act: Callable[[], None],
+    in_batch: InBatch,
+    act: Callable[[LitEngramLM], None],
     stopped_at: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    at_step_6(act)
+    in_batch(6, act)
     run = train(trainer__max_steps=12)
     assert run.code == 130
     assert re.fullmatch(f"stopped at step {stopped_at} of 12: go on with --ckpt_path last", said(capsys))
@@ -101,12 +83,10 @@ def test_a_run_out_of_time_is_stopped_and_names_no_checkpoint_it_did_not_save(
     assert said(capsys) == "stopped at step 0 of 8"
 
 
-def test_a_run_in_a_used_folder_clears_the_old_result_and_rows_when_it_starts(
-    train: Train, at_step_6: Callable[[Callable[[], None]], None]
-) -> None:
+def test_a_run_in_a_used_folder_clears_the_old_result_and_rows_when_it_starts(train: Train, in_batch: InBatch) -> None:
     run = train()
     found: list[bool] = []
-    at_step_6(lambda: found.append((run.folder / "result.json").exists()))
+    in_batch(6, lambda module: found.append((run.folder / "result.json").exists()))
     assert train(trainer__log_every_n_steps=8).code == 0
     assert found == [False]
     assert list(run.column("train/loss")) == [7]

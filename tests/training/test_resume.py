@@ -160,23 +160,15 @@ def run_out_of_time(module: LitEngramLM) -> None:
 )
 def test_a_run_that_ends_early_saves_its_last_step_and_goes_on_as_if_it_had_not(
     train: Train,
-    monkeypatch: pytest.MonkeyPatch,
+    in_batch: Callable[[int, Callable[[LitEngramLM], None]], None],
     act: Callable[[LitEngramLM], None],
     batch: int,
     stops: tuple[int, ...],
     changes: dict[str, Any],
 ) -> None:
     whole = train("whole", **changes)
-    step = LitEngramLM.training_step
-
-    def acting_step(self: LitEngramLM, inputs: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if batch_idx == batch:
-            act(self)
-        return step(self, inputs, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LitEngramLM, "training_step", acting_step)
-        stopped = train("stopped", **changes)
+    in_batch(batch, act)
+    stopped = train("stopped", **changes)
     assert stopped.code == 130
     # A signal may be taken by another thread of the process first, and be noticed a step later.
     at = stopped.checkpoint["global_step"]
