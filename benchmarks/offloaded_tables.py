@@ -4,7 +4,7 @@ One model serves the same prompts in turn with each table in its place: prompts 
 batches, sorted by length, then each is continued for some tokens, one by one, as a text goes on (no sampling), all with
 the state of decoding. Ids are those of this Python environment's source files in a BPE trained on them, or (`--ids
 zipf`) drawn one by one by Zipf's law, which makes rarer N-grams than text has. "No memory" is the same backbone without
-the layer. With `--replay`, prompts are continued a second time by a step recorded as a CUDA graph.
+the layer. With `--replay`, prompts are continued by a step recorded as a CUDA graph.
 
 On disk a table is measured `in memory`, all of its pages cached by the system, and `cold`, when before every batch the
 system has forgotten the file. A table beyond memory is a sparse file: it has the size, and real data in every page that
@@ -75,7 +75,7 @@ def within_memory(scale: Scale, words: Words, device: torch.device, folder: Path
     began = told(f"{parameters / 1e9:.2f}e9 parameters of memory, {size / 1e9:.1f} GB", began)
     host = HostTable(records, fmt)
     sides = {"no memory": Side(None)}
-    if device.type == "cpu" or size < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cpu" or size + scale.beside < torch.cuda.mem_get_info(device)[0]:
         sides["device"] = Side(host.read_only().to(device))
     else:
         sides["device, a part"] = Side(Folded(host.records[: 2**30 // fmt.row_bytes].to(device), fmt))
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="the scale's own if not given")
     parser.add_argument("--prompts", type=int, help="of a round; the scale's own if not given")
     parser.add_argument("--rows", type=int, help="of each of the table's heads; the scale's own if not given")
-    parser.add_argument("--replay", action="store_true", help="decode by CUDA graphs, too")
+    parser.add_argument("--replay", action="store_true", help="decode by CUDA graphs")
     arguments = parser.parse_args()
     prepare_process()
     torch.manual_seed(0)
@@ -164,7 +164,9 @@ def main() -> None:
         machine["gpu"] = torch.cuda.get_device_name(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each length of prompts
     print(" | ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
-    result: dict[str, Any] = {"hardware": machine, "ids": arguments.ids, "scale": asdict(scale)}
+    result: dict[str, Any] = {
+        "hardware": machine, "ids": arguments.ids, "replay": arguments.replay, "scale": asdict(scale)
+    }  # fmt: skip
 
     def save(case: str, found: Any) -> None:
         result[case] = found

@@ -20,6 +20,7 @@ class Scale:
     count_tokens: int  # text by which caches are filled
     rounds: int
     disk_rows: int = 0  # of a table beyond memory, for each head; 0 for none
+    beside: int = 2**30  # bytes that a device needs beside the weights and a table
 
     @property
     def each_round(self) -> int:
@@ -53,6 +54,6 @@ SCALES = {
     "h200": Scale(
         model=scaled(151936, 2560, 36, (32, 8, 128), 9728, 80, 31_300_000, 2),
         n_prompts=512, lengths=(100, 1024), new_tokens=32, batch=64, cache_rows=4_000_000, count_tokens=2_000_000,
-        rounds=1,
+        rounds=3, beside=2**35,
     ),
 }  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -36,30 +36,23 @@ class Side:
 
 @dataclass
 class Spent:
-    """Tokens of prompts, those that followed, and seconds: to take prompts in, to continue them, and, if asked for, to
-    continue them by a recorded step."""
+    """Tokens of prompts, those that followed, and seconds to take prompts in and to continue them."""
 
     n_prompt: int = 0
     n_new: int = 0
     prefill: float = 0.0
     decode: float = 0.0
-    replayed: float = 0.0
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def rates(self) -> dict[str, float]:
         """Tokens a second of each phase."""
-        tokens = self.n_prompt + self.n_new
-        rates = {
+        return {
             "prefill": self.n_prompt / self.prefill,
             "decode": self.n_new / self.decode,
-            "total": tokens / (self.prefill + self.decode),
+            "total": (self.n_prompt + self.n_new) / (self.prefill + self.decode),
         }
-        if self.replayed:
-            rates["replayed"] = self.n_new / self.replayed
-            rates["total, replayed"] = tokens / (self.prefill + self.replayed)
-        return rates
 
 
 @dataclass
@@ -87,27 +80,21 @@ def finished(device: torch.device) -> float:
 
 @torch.no_grad()
 def serve(model: EngramLM, batch: Batch, device: torch.device, capacity: int, replays: bool) -> Spent:
-    """Take prompts in, and continue them; a second time, from there on, by a recorded step if it `replays`."""
-    following = batch.following.split(1, dim=1)
+    """Take prompts in, and continue them, by a recorded step if it `replays`; recording it is not timed."""
     start = finished(device)
     state = model.init_state(len(batch.ids), capacity)
     model.logits(model.step(batch.ids, state, batch.mask).hidden[:, -1])
-    middle = finished(device)
-    for ids in following:
-        model.logits(model.step(ids, state).hidden[:, -1])
-    spent = Spent(batch.n_prompt, batch.following.numel(), middle - start, finished(device) - middle)
-    if replays:
-        step = ReplayedStep(model, state)
-        start = finished(device)
-        for ids in following:
-            step(ids)
-        spent.replayed = finished(device) - start
-    return spent
+    prefill = finished(device) - start
+    step = ReplayedStep(model, state) if replays else lambda ids: model.logits(model.step(ids, state).hidden[:, -1])
+    start = finished(device)
+    for ids in batch.following.split(1, dim=1):
+        step(ids)
+    return Spent(batch.n_prompt, batch.following.numel(), prefill, finished(device) - start)
 
 
-def capacity_for(batch: Batch, replays: bool) -> int:
+def capacity_for(batch: Batch) -> int:
     """Room for a batch, in steps of 16, which is how kernels like their masks."""
-    return -(-(batch.ids.shape[1] + batch.following.shape[1] * (1 + replays)) // 16) * 16
+    return -(-(batch.ids.shape[1] + batch.following.shape[1]) // 16) * 16
 
 
 @contextmanager
@@ -125,14 +112,19 @@ def in_place(model: EngramLM, side: Side) -> Iterator[None]:
         model.memory = memories
 
 
+def served(model: EngramLM, side: Side, batch: Batch, device: torch.device, replays: bool) -> Spent:
+    """What a batch takes with a side's table."""
+    side.before()
+    with in_place(model, side):
+        return serve(model, batch, device, capacity_for(batch), replays)
+
+
 def warm_up(model: EngramLM, sides: dict[str, Side], batches: list[Batch], device: torch.device, replays: bool) -> None:
     """Serve batches with each side, untimed: kernels are compiled, and caches that fill themselves begin to."""
     began = time.perf_counter()
     for side in sides.values():
         for batch in batches:
-            side.before()
-            with in_place(model, side):
-                serve(model, batch.to(device), device, capacity_for(batch, replays), replays and side.replays)
+            served(model, side, batch.to(device), device, replays)
         if isinstance(side.table, OffloadedTable):
             side.table.reset_stats()
     print(f"warm: {finished(device) - began:.1f} s", flush=True)
@@ -150,28 +142,27 @@ def compare(
 ) -> None:
     """Serve each batch with each side in turn; `save` what is known after each, and print it after each round.
 
-    `warming` is served before. `replays`: decode by recorded steps, too.
+    `warming` is served before. `replays`: decode by recorded steps; sides that can't are left out, since a device that
+    had less to do before a side's turn is faster in it.
     """
+    sides = {name: side for name, side in sides.items() if side.replays or not replays}
     warm_up(model, sides, warming, device, replays)
     freeze_objects()
     _, with_memory, *_ = sides.values()
-    order, all_spent = deque(sides), []
+    order, shuffle, all_spent = list(sides), random.Random(0).shuffle, []
     for drawn in rounds:
         spent = {name: Spent() for name in sides}
         all_spent.append(spent)
         for batch in drawn:
-            here, capacity = batch.to(device), capacity_for(batch, replays)
+            here = batch.to(device)
             if device.type == "cuda":  # a shape that is met for the first time has kernels chosen for it
-                with in_place(model, with_memory):
-                    serve(model, here.started(), device, capacity, False)
+                served(model, with_memory, here.started(), device, False)
             for name in order:
-                sides[name].before()
-                with in_place(model, sides[name]):
-                    once = serve(model, here, device, capacity, replays and sides[name].replays)
+                once = served(model, sides[name], here, device, replays)
                 spent[name] += once
                 rates = ", ".join(f"{phase} {rate:.0f}" for phase, rate in once.rates().items())
                 print(f"  {name}: {rates} tokens/s", flush=True)
-            order.rotate(-1)  # each begins in its turn: a device may slow down as it gets warm
+            shuffle(order)  # what came before may tell: a device slows down as it gets warm
             results = {
                 name: result_of(side.table, [spent[name] for spent in all_spent]) for name, side in sides.items()
             }
@@ -198,10 +189,7 @@ def show(title: str, results: dict[str, Result]) -> None:
     for name, result in results.items():
         cells = []
         for phase, others in base.items():
-            rates = result.rates.get(phase)
-            if rates is None:
-                cells.append(f"{'-':>16}")
-                continue
+            rates = result.rates[phase]
             against = statistics.median(rate / other for rate, other in zip(rates, others, strict=True))
             cells.append(f"{statistics.median(rates):8.0f} {against - 1:+7.2%}")
         print(f"{name:30} {' '.join(cells)}  {result.hit_rate:5.1%} {result.bytes_per_token:11.0f} "

@@ -1,7 +1,7 @@
 """How rows that lie elsewhere come to where they are used, while something else is computed.
 
 Each way has `start(rows)`, which begins, and returns what waits: a thread of the host gathers them, from memory or
-disk, and a side stream copies them to the device; or the device reads the host's pinned memory on a side stream.
+disk, and a side stream copies them to the device; or, for few rows of pinned memory, the device reads them itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,9 @@ from engram.memory.row_formats import RowFormat
 
 Load = Callable[[Tensor], Tensor]
 _CPU = torch.device("cpu")
+# Rows that the host gathers rather than the device. An H200 read 28 rows of 160 bytes in a microsecond from 80 GB of
+# pinned memory, however many it asked for at once, and large products waited for as long.
+MANY_ROWS = 2**14
 
 
 @dataclass
@@ -30,13 +33,14 @@ class ReadStats:
     """What reading rows took since the start, or since `reset_stats`.
 
     lookups: rows asked for, each as often as it was. hits: those of them that the cache had. bytes_moved: read from
-    host or disk for the others. fetch_seconds: time that the thread worked, where one gathers. wait_seconds: time that
-    whoever asked waited for it.
+    host or disk for the others. bytes_fetched: those of them that a thread gathered. fetch_seconds: how long it worked.
+    wait_seconds: how long whoever asked waited for it.
     """
 
     lookups: int = 0
     hits: int = 0
     bytes_moved: int = 0
+    bytes_fetched: int = 0
     fetch_seconds: float = 0.0
     wait_seconds: float = 0.0
 
@@ -50,8 +54,8 @@ class ReadStats:
 
     @property
     def bytes_per_second(self) -> float:
-        """Bytes moved in a second of the thread's work; 0 where no thread gathers."""
-        return self.bytes_moved / self.fetch_seconds if self.fetch_seconds else 0.0
+        """Bytes that the thread gathered in a second of its work."""
+        return self.bytes_fetched / self.fetch_seconds if self.fetch_seconds else 0.0
 
 
 class ReadByThread:
@@ -79,12 +83,9 @@ class ReadByThread:
         """Begin to bring rows `[..., H]`; the values, `[..., H, width]`, when what is returned is called."""
         known: torch.cuda.Event | None = None
         if self._side is not None:
-            on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-            on_host.copy_(rows, non_blocking=True)
-            known = torch.cuda.Event()
-            known.record(torch.cuda.current_stream(self.device))
-            rows = on_host
-        return partial(self._wait, self._thread.submit(self._bring, rows, known))
+            rows = _to_host(rows)
+            known = torch.cuda.current_stream(self.device).record_event()
+        return partial(_wait, self._thread.submit(self._bring, rows, known), self.stats)
 
     def warm(self, rows: Tensor) -> None:
         """Fill the cache with the most frequent of `rows`."""
@@ -120,7 +121,9 @@ class ReadByThread:
             self._thread.submit(self._count, self.cache, distinct, counts)
         self.stats.lookups += rows.numel()
         self.stats.hits += int(counts[~missed].sum())
-        self.stats.bytes_moved += int(missed.sum()) * self.fmt.row_bytes
+        fetched = int(missed.sum()) * self.fmt.row_bytes
+        self.stats.bytes_moved += fetched
+        self.stats.bytes_fetched += fetched
         self.stats.fetch_seconds += time.perf_counter() - began
         return values, done
 
@@ -135,25 +138,19 @@ class ReadByThread:
         # From pinned memory, or the copy would not be done by the side: torch keeps that memory until it is.
         return x if self._side is None else x.pin_memory().to(self.device, non_blocking=True)
 
-    def _wait(self, coming: Future[tuple[Tensor, torch.cuda.Event | None]]) -> Tensor:
-        began = time.perf_counter()
-        values, done = coming.result()
-        self.stats.wait_seconds += time.perf_counter() - began
-        if done is not None:
-            _arrive(values, done)
-        return values
-
 
 class ReadFromPinned:
-    """The device reads pinned memory of the host itself, row by row, on a stream beside the one that computes.
+    """The device reads few rows of the host's pinned memory itself, on a stream beside the one that computes.
 
-    The host waits for nothing: hashing, cache and copy are queued like all else. Arguments as for `ReadByThread`, but
-    the records themselves for what loads them.
+    The host waits for nothing then: hashing, cache and copy are queued like all else, or recorded in a graph. Of
+    MANY_ROWS and more, those that the cache lacks are gathered by a thread of the host, into pinned memory that is
+    copied to the device as a whole. Arguments as for `ReadByThread`, but the records themselves for what loads them.
     """
 
     def __init__(self, records: Tensor, fmt: RowFormat, cache_rows: int, device: torch.device) -> None:
         self.records, self.fmt = records, fmt
-        self._lookups = 0
+        self._read = ReadStats()
+        self._thread = ThreadPoolExecutor(1, "engram-rows")
         # All that belongs to it lives on this stream alone, so that its memory is never given away too early.
         self._side = torch.cuda.Stream(device)
         with torch.cuda.stream(self._side):
@@ -167,16 +164,51 @@ class ReadFromPinned:
     def start(self, rows: Tensor) -> Callable[[], Tensor]:
         """As `ReadByThread.start`."""
         self._side.wait_stream(torch.cuda.current_stream(rows.device))
+        many = rows.numel() >= MANY_ROWS and not torch.cuda.is_current_stream_capturing()
         with torch.cuda.stream(self._side):
-            slots = self.cache.find(rows) if self._caches else torch.full_like(rows, -1)
-            values = self.fmt.decode(pick_rows(self.cache.records, slots, self.records, rows))
-            done = self._side.record_event()
-            self._lookups += rows.numel()
-            if self._caches:
+            slots = self.cache.find(rows) if self._caches else None
+            if many:
+                on_host = _to_host(rows), None if slots is None else _to_host(slots)
+                known = self._side.record_event()
+                coming = self._thread.submit(self._bring, *on_host, slots, self.cache.records, known, self._read)
+                arrive = partial(_wait, coming, self._read)
+            else:
+                found = torch.full_like(rows, -1) if slots is None else slots
+                values = self.fmt.decode(pick_rows(self.cache.records, found, self.records, rows))
+                arrive = partial(_arrive, values, self._side.record_event())
+            self._read.lookups += rows.numel()
+            if slots is not None:
                 self._hits = self._hits + (slots >= 0).sum()
                 self.cache.count(rows.flatten())
         rows.record_stream(self._side)  # its memory is not given away before the side has read it
-        return partial(_arrive, values, done)
+        return arrive
+
+    def _bring(
+        self,
+        rows: Tensor,
+        slots: Tensor | None,
+        slots_there: Tensor | None,
+        cached: Tensor,
+        known: torch.cuda.Event,
+        stats: ReadStats,
+    ) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Values of rows, whose slots in `cached`, if there are any, lie here and on the device."""
+        known.synchronize()
+        began = time.perf_counter()
+        missed = rows.flatten() if slots is None else rows[slots < 0]
+        gathered = torch.empty(len(missed), self.fmt.row_bytes, dtype=torch.uint8, pin_memory=True)
+        torch.index_select(self.records, 0, missed, out=gathered)
+        with torch.cuda.stream(self._side):
+            records = gathered.to(cached.device, non_blocking=True)
+            if slots_there is None:
+                records = records.view(*rows.shape, -1)
+            else:
+                at = (slots_there < 0).flatten().cumsum(0).view_as(slots_there) - 1  # where missed rows lie in those
+                records = pick_rows(cached, slots_there, records, at)
+            values, done = self.fmt.decode(records), self._side.record_event()
+        stats.bytes_fetched += gathered.numel()
+        stats.fetch_seconds += time.perf_counter() - began
+        return values, done
 
     def warm(self, rows: Tensor) -> None:
         """As `ReadByThread.warm`."""
@@ -187,7 +219,7 @@ class ReadFromPinned:
 
     def reset_stats(self) -> None:
         """Count from 0."""
-        self._lookups = 0
+        self._read = ReadStats()
         with torch.cuda.stream(self._side):
             self._hits = torch.zeros_like(self._hits)
 
@@ -196,7 +228,21 @@ class ReadFromPinned:
         """As of now; to know the hits, the host waits for the device."""
         with torch.cuda.stream(self._side):
             hits = int(self._hits)
-        return ReadStats(self._lookups, hits, (self._lookups - hits) * self.fmt.row_bytes)
+        moved = (self._read.lookups - hits) * self.fmt.row_bytes
+        return replace(self._read, hits=hits, bytes_moved=moved)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """In pinned memory, when the current stream has come so far."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def _wait(coming: Future[tuple[Tensor, torch.cuda.Event | None]], stats: ReadStats) -> Tensor:
+    """The values that a thread brings."""
+    began = time.perf_counter()
+    values, done = coming.result()
+    stats.wait_seconds += time.perf_counter() - began
+    return values if done is None else _arrive(values, done)
 
 
 def _arrive(values: Tensor, done: torch.cuda.Event) -> Tensor:
