@@ -25,6 +25,7 @@ from engram.kernels.triton.fusion_backward_taps import hand_back
 from engram.kernels.triton.fusion_backward_tokens import token_gradients
 from engram.kernels.triton.fusion_taps import left_to_torch
 from engram.kernels.triton.launch import dense
+from engram.kernels.triton.parts import product_gradients
 from engram.tensors import widen
 
 
@@ -71,15 +72,5 @@ def fuse_memory_backward_triton(
             grad_kv, grad_out, kv, conv, documents, past_values, past_scales, alpha, stats, eps, dilation
         )
         grad_hidden, gate_sums = block_gradients(grad_kv, dots, *rest)
-        per_tap = tap_sums.sum(0)
-        grad_norm = (per_tap * widen(conv_weight)).sum(0).to(conv_norm.dtype)
-        grad_weight = (per_tap * widen(conv_norm)).to(conv_weight.dtype)
-    grad_both = gate_sums.sum(0)
-    return (
-        grad_hidden,
-        grad_kv,
-        (grad_both * widen(key_norm)).to(query_norm.dtype),
-        (grad_both * widen(query_norm)).to(key_norm.dtype),
-        grad_norm,
-        grad_weight,
-    )
+        grad_norm, grad_weight = product_gradients(tap_sums, conv_norm, conv_weight)
+    return grad_hidden, grad_kv, *product_gradients(gate_sums, query_norm, key_norm), grad_norm, grad_weight

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engram.kernels.norm import rms_norm_backward_reference, rms_norm_reference
 from engram.kernels.triton.launch import Rows, at_most
+from engram.kernels.triton.parts import sum_parts
 
 _WIDEST = 16384  # channels that a program can hold
 
@@ -104,7 +105,7 @@ def rms_norm_backward_triton(grad: Tensor, x: Tensor, weight: Tensor, inverse: T
         grad, x, weight.contiguous(), inverse, grad_x, parts, R, grad_stride, x_stride,
         D=D, ROWS=rows.rows, WIDTH=rows.width, num_warps=rows.warps, **at_most(rows.registers),
     )  # fmt: skip
-    return grad_x, parts.sum(0).to(weight.dtype)
+    return grad_x, sum_parts(parts, weight)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engram.kernels.norm import norm_rotate_backward_reference, norm_rotate_reference
 from engram.kernels.triton.launch import Rows, at_most
+from engram.kernels.triton.parts import sum_parts
 
 _WIDEST = 16384  # channels of a head that a program can hold
 
@@ -166,7 +167,7 @@ def norm_rotate_backward_triton(
         grad, x, weight.contiguous(), cos, sin, inverse, grad_x, parts, R, T, *grad_strides, *x_strides,
         H=H, HALF=c // 2, ROWS=rows.rows, WIDTH=rows.width, num_warps=rows.warps, **at_most(rows.registers),
     )  # fmt: skip
-    return grad_x, parts.sum(0).to(weight.dtype)
+    return grad_x, sum_parts(parts, weight)
 
 
 def _heads(x: Tensor) -> tuple[Tensor, list[int]]:
