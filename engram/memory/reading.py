@@ -151,6 +151,8 @@ class ReadFromPinned:
         self.records, self.fmt = records, fmt
         self._read = ReadStats()
         self._thread = ThreadPoolExecutor(1, "engram-rows")
+        self._gathered = torch.empty(0, fmt.row_bytes, dtype=torch.uint8)  # the thread's, until they are `_sent`
+        self._sent: torch.cuda.Event | None = None
         # All that belongs to it lives on this stream alone, so that its memory is never given away too early.
         self._side = torch.cuda.Stream(device)
         with torch.cuda.stream(self._side):
@@ -196,10 +198,11 @@ class ReadFromPinned:
         known.synchronize()
         began = time.perf_counter()
         missed = rows.flatten() if slots is None else rows[slots < 0]
-        gathered = torch.empty(len(missed), self.fmt.row_bytes, dtype=torch.uint8, pin_memory=True)
+        gathered = self._room_for(len(missed))
         torch.index_select(self.records, 0, missed, out=gathered)
         with torch.cuda.stream(self._side):
             records = gathered.to(cached.device, non_blocking=True)
+            self._sent = self._side.record_event()
             if slots_there is None:
                 records = records.view(*rows.shape, -1)
             else:
@@ -209,6 +212,14 @@ class ReadFromPinned:
         stats.bytes_fetched += gathered.numel()
         stats.fetch_seconds += time.perf_counter() - began
         return values, done
+
+    def _room_for(self, n: int) -> Tensor:
+        """Pinned memory for `n` records, the same each time: to pin new memory takes longer than to fill it."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        if len(self._gathered) < n:
+            self._gathered = torch.empty(n, self.fmt.row_bytes, dtype=torch.uint8, pin_memory=True)
+        return self._gathered[:n]
 
     def warm(self, rows: Tensor) -> None:
         """As `ReadByThread.warm`."""
