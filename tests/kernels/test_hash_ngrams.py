@@ -64,15 +64,18 @@ def test_rows_are_those_of_unbounded_integers(data: st.DataObject) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(2, 2**50), st.integers(0, 2**63 - 1))
-def test_the_remainder_is_exact_over_the_whole_range(modulus: int, mix: int) -> None:
-    """One id times one multiplier spans all mixes below 2^63; the modulus need not be prime."""
+@given(st.integers(2, 2**62), st.integers(0, 2**63 - 1), st.sampled_from([-1, 0, 1]))
+def test_the_remainder_is_exact_over_the_whole_range(modulus: int, mix: int, side: int) -> None:
+    """One id times one multiplier spans all mixes below 2^63; the modulus need not be prime. Of nine heads eight are
+    computed together and one alone."""
     load_native()
-    rows = hash_ngrams(
-        torch.tensor([[mix]]), None, torch.tensor([modulus]), torch.tensor([0]),
-        multipliers=(1,), orders=(1,), past=0, pad_id=0, eos_id=-1,
-    )  # fmt: skip
-    assert rows.item() == mix % modulus
+    beside = min(max(mix // modulus * modulus + side, 0), 2**63 - 1)  # where a quotient may be one off
+    for x in (mix, beside):
+        rows = hash_ngrams(
+            torch.tensor([[1]]), None, torch.full((9,), modulus), torch.zeros(9, dtype=torch.int64),
+            multipliers=(x,), orders=(1,), past=0, pad_id=0, eos_id=-1,
+        )  # fmt: skip
+        assert rows.flatten().tolist() == [x % modulus] * 9
 
 
 def test_rows_of_a_batch_are_hashed_apart() -> None:

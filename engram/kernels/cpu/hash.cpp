@@ -1,16 +1,23 @@
-// Canonical ids -> table rows: multiply, XOR and reduce modulo each head's prime (reference in kernels/hash.py).
+// Canonical ids -> table rows: multiply, XOR and reduce modulo each head's prime (reference in kernels/hashing.py).
 #include "vectors.h"
 
 namespace engram {
 namespace {
 
 typedef uint64_t UnsignedLongs __attribute__((vector_size(64)));
+constexpr int64_t kLongs = sizeof(Longs) / sizeof(int64_t);
+
+inline Longs longs(const int64_t* from) {
+  Longs x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
 
 // Remainders by multiplication with inverses, eight heads of an order side by side in a vector.
 //
-// floor(x * (1 / p)) in double is off by at most 3 * 2^-53 x / p, which is below 1/2 for x < 2^63 and p >= 2^13; so the
-// remainder is right but for one p more or less. Smaller moduli take 64-bit fixed point: floor(x * floor(2^64 / p) / 2^64)
-// is x / p or one less for every x below 2^64.
+// In double, x * (1 / p) is off by four roundings, each of at most 2^-53 of it. With the inverse lowered by as much it
+// is never above x / p, and for x < 2^63 and p >= 2^13 less than 1 below: its floor is right or one less. Moduli below
+// that take 64-bit fixed point: floor(x * floor(2^64 / p) / 2^64) is right or one less for every x below 2^64.
 struct Moduli {
   std::vector<int64_t> p, offset;
   std::vector<double> inverse;
@@ -21,7 +28,7 @@ struct Moduli {
     p.assign(m.const_data_ptr<int64_t>(), m.const_data_ptr<int64_t>() + m.numel());
     offset.assign(o.const_data_ptr<int64_t>(), o.const_data_ptr<int64_t>() + o.numel());
     for (const int64_t modulus : p) {
-      inverse.push_back(1.0 / static_cast<double>(modulus));
+      inverse.push_back((1 - 0x1p-51) / static_cast<double>(modulus));
       fixed.push_back(static_cast<uint64_t>((__uint128_t(1) << 64) / modulus));
       large = large && modulus >= (int64_t(1) << 13);
     }
@@ -29,27 +36,27 @@ struct Moduli {
   // out[t * stride + h] for every mix x[t] and the heads from `begin` to `end`.
   void reduce(const int64_t* x, int64_t n, int64_t begin, int64_t end, int64_t* out, int64_t stride) const {
     if (large)
-      for (; begin + kHeads <= end; begin += kHeads) reduce_together(x, n, begin, out, stride);
-    for (; begin < end; ++begin)
-      for (int64_t t = 0; t < n; ++t) {
-        const int64_t r = x[t] - static_cast<int64_t>((__uint128_t(x[t]) * fixed[begin]) >> 64) * p[begin];
-        out[t * stride + begin] = (r >= p[begin] ? r - p[begin] : r) + offset[begin];
-      }
+      for (; begin + kLongs <= end; begin += kLongs) reduce_together(x, n, begin, out, stride);
+    for (; begin < end; ++begin) reduce_alone(x, n, begin, out, stride);
   }
 
  private:
-  static constexpr int64_t kHeads = kLanes<double>;
+  void reduce_alone(const int64_t* x, int64_t n, int64_t begin, int64_t* out, int64_t stride) const {
+    const uint64_t scale = fixed[begin], modulus = p[begin], shift = offset[begin];
+    for (int64_t t = 0; t < n; ++t) {
+      const uint64_t all = x[t], r = all - static_cast<uint64_t>((__uint128_t(all) * scale) >> 64) * modulus;
+      out[t * stride + begin] = std::min(r, r - modulus) + shift;  // below zero is above all
+    }
+  }
   void reduce_together(const int64_t* x, int64_t n, int64_t begin, int64_t* out, int64_t stride) const {
     const Doubles scale = load(inverse.data() + begin);
-    Longs modulus, shift;
-    std::memcpy(&modulus, p.data() + begin, sizeof modulus);
-    std::memcpy(&shift, offset.data() + begin, sizeof shift);
+    const Longs modulus = longs(p.data() + begin), shift = longs(offset.data() + begin);
     const UnsignedLongs step = (UnsignedLongs)modulus;
     for (int64_t t = 0; t < n; ++t) {
-      const Longs quotient = __builtin_convertvector(static_cast<double>(x[t]) * scale, Longs);
-      UnsignedLongs r = (UnsignedLongs)(x[t] - quotient * modulus);  // below zero is above all
-      r = r + step < r ? r + step : r;
-      r = r - step < r ? r - step : r;
+      const Longs all = Longs{} + x[t];
+      const Longs quotient = __builtin_convertvector(__builtin_convertvector(all, Doubles) * scale, Longs);
+      UnsignedLongs r = (UnsignedLongs)(all - quotient * modulus);
+      r = r - step < r ? r - step : r;  // below zero is above all
       const Longs row = (Longs)r + shift;
       std::memcpy(out + t * stride + begin, &row, sizeof row);
     }
@@ -64,22 +71,19 @@ struct Mixer {
   at::IntArrayRef multipliers, orders;
   int64_t pad, eos;
   void operator()(const int64_t* id, const int64_t* kind, int64_t n, int64_t* mix) const {
-    uint64_t now[kTokens] = {};
-    int64_t same[kTokens];
-    std::fill(same, same + n, -1);
-    int64_t back = 0;
-    for (size_t o = 0; o < orders.size(); ++o) {
-      for (; back < orders[o]; ++back) {
-        const uint64_t factor = multipliers[back];
-        const int64_t* then = id - back;
-        if (kind)
-          for (int64_t t = 0; t < n; ++t) same[t] &= -int64_t(kind[t - back] == kind[t]);
-        if (eos >= 0 && back > 0)
-          for (int64_t t = 0; t < n; ++t) same[t] &= -int64_t(then[t] != eos);
-        // Masked, since gcc makes no vectors of `same[t] ? then[t] : pad`.
-        for (int64_t t = 0; t < n; ++t) now[t] ^= static_cast<uint64_t>(pad ^ ((then[t] ^ pad) & same[t])) * factor;
+    for (int64_t t = 0; t < n; t += kLongs) {
+      UnsignedLongs now = {};
+      Longs same = ~Longs{};
+      int64_t back = 0;
+      for (size_t o = 0; o < orders.size(); ++o) {
+        for (; back < orders[o]; ++back) {
+          const Longs then = longs(id + t - back);
+          if (kind) same &= longs(kind + t - back) == longs(kind + t);
+          if (eos >= 0 && back > 0) same &= then != eos;
+          now ^= (UnsignedLongs)(same ? then : Longs{} + pad) * static_cast<uint64_t>(multipliers[back]);
+        }
+        std::memcpy(mix + o * kTokens + t, &now, sizeof now);
       }
-      std::memcpy(mix + o * kTokens, now, n * sizeof(int64_t));
     }
   }
 };
@@ -98,19 +102,19 @@ at::Tensor hash_ngrams(const at::Tensor& ids, const std::optional<at::Tensor>& d
   auto rows = at::empty({B, T, H}, ids.options());
   int64_t* out = rows.mutable_data_ptr<int64_t>();
 
-  at::parallel_for(0, B * T, grain(2 * H), [&](int64_t begin, int64_t end) {
+  const int64_t blocks = (T + kTokens - 1) / kTokens;  // of a row
+  at::parallel_for(0, B * blocks, grain(2 * H * std::min(T, kTokens)), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> near(2 * (context + kTokens)), mix(n_orders * kTokens);
     int64_t *near_id = near.data() + context, *near_kind = near_id + kTokens + context;
-    for (int64_t n = begin; n < end;) {
-      const int64_t b = n / T, now = past + n - b * T, count = std::min({kTokens, end - n, (b + 1) * T - n});
-      const int64_t before = std::min(context, now);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / blocks, t = i % blocks * kTokens, now = past + t, n = b * T + t;
+      const int64_t count = std::min(kTokens, T - t), before = std::min(context, now);
       std::fill(near_id - context, near_id - before, pad_id);
       std::copy(id + b * S + now - before, id + b * S + now + count, near_id - before);
       if (document) std::copy(document + b * S + now - before, document + b * S + now + count, near_kind - before);
       mixer(near_id, document ? near_kind : nullptr, count, mix.data());
       for (int64_t o = 0; o < n_orders; ++o)
         modulus.reduce(mix.data() + o * kTokens, count, o * heads, (o + 1) * heads, out + n * H, H);
-      n += count;
     }
   });
   return rows;
