@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engram.kernels.library import define
+from engram.tensors import require_ids
 
 
 def hash_ngrams_reference(
@@ -20,8 +21,10 @@ def hash_ngrams_reference(
     past: int,
     pad_id: int,
     eos_id: int,
+    n_ids: int,
 ) -> Tensor:
     """`hash_ngrams` in plain torch."""
+    require_ids(ids, n_ids)
     T = ids.shape[1] - past
     context = max(orders) - 1
     # Before the sequence: the pad id, in no document that a token could be in.
@@ -55,7 +58,7 @@ def _fake(ids: Tensor, documents: Tensor | None, moduli: Tensor, *settings: Any)
 
 _op = define(
     "hash_ngrams(Tensor ids, Tensor? documents, Tensor moduli, Tensor offsets, int[] multipliers, int[] orders, "
-    "int past, int pad_id, int eos_id) -> Tensor",
+    "int past, int pad_id, int eos_id, int n_ids) -> Tensor",
     hash_ngrams_reference,
     _fake,
 )
@@ -72,6 +75,7 @@ def hash_ngrams(
     past: int,
     pad_id: int,
     eos_id: int,
+    n_ids: int,
 ) -> Tensor:
     """Rows `[B, T, H]` that the last T of the ids `[B, past + T]` read, all int64.
 
@@ -83,5 +87,9 @@ def hash_ngrams(
         past: how many of the ids only serve as context.
         pad_id: stands for what lies before the start of the row or of the document.
         eos_id: an id after which a new document starts, or -1 for none.
+        n_ids: ids lie in 0 .. n_ids - 1.
+
+    Raises:
+        ValueError: on the CPU, an id that does not: elsewhere a look at the values would make the host wait.
     """
-    return _op(ids, documents, moduli, offsets, multipliers, orders, past, pad_id, eos_id)
+    return _op(ids, documents, moduli, offsets, multipliers, orders, past, pad_id, eos_id, n_ids)

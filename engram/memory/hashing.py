@@ -103,7 +103,7 @@ class NgramHasher(nn.Module):
 
     Raises:
         ConfigError: no rows, no canonical ids, a pad or eos id that is none of them; when called, a layer that is not
-            in `config.layers`, or (on the CPU, in eager mode) an id that is not canonical.
+            in `config.layers`, or (on the CPU) an id that is not canonical; compiled code raises `ValueError` for that.
     """
 
     moduli: Tensor
@@ -150,7 +150,6 @@ class NgramHasher(nn.Module):
 
     def forward(self, ids_BT: Tensor, layer: int, document_ids_BT: Tensor | None = None) -> Tensor:
         """Rows `[B, T, H]` (int64) for canonical ids `[B, T]`; a change of document id starts a new document."""
-        require_ids(ids_BT, self.n_canonical)
         return self._hash(ids_BT.long(), layer, document_ids_BT, 0)
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None, slack: int = 0) -> HashState:
@@ -170,7 +169,6 @@ class NgramHasher(nn.Module):
         Without document ids the new tokens all belong to document 0.
         """
         T, past, ids_BT = ids_BT.shape[1], state.ids.shape[1], ids_BT.long()
-        require_ids(ids_BT, self.n_canonical)
         if document_ids_BT is None:
             document_ids_BT = torch.zeros_like(ids_BT)
         ids = torch.cat([state.ids, ids_BT], dim=1)
@@ -182,14 +180,19 @@ class NgramHasher(nn.Module):
     def _hash(self, ids: Tensor, layer: int, documents: Tensor | None, past: int) -> Tensor:
         require(layer in self.layers, "layer", layer, f"one of memory.layers {self.layers}")
         at = self.layers.index(layer)
-        return hash_ngrams(
-            ids,
-            documents if documents is None else documents.long(),
-            self.moduli[at],
-            self.offsets[at],
-            multipliers=self.multipliers[layer],
-            orders=self.orders,
-            past=past,
-            pad_id=self.pad_id,
-            eos_id=self.eos_id if self.resets_at_eos else -1,
-        )
+        try:
+            return hash_ngrams(
+                ids,
+                documents if documents is None else documents.long(),
+                self.moduli[at],
+                self.offsets[at],
+                multipliers=self.multipliers[layer],
+                orders=self.orders,
+                past=past,
+                pad_id=self.pad_id,
+                eos_id=self.eos_id if self.resets_at_eos else -1,
+                n_ids=self.n_canonical,
+            )
+        except ValueError:  # one bad id was met: name the worst
+            require_ids(ids, self.n_canonical)
+            raise

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +62,7 @@ def test_rows_are_those_of_unbounded_integers(data: st.DataObject) -> None:
     tensors = [torch.tensor([ids]), None if documents is None else torch.tensor([documents])]
     tensors += [torch.tensor(moduli), torch.tensor(offsets)]
     settings_ = {"multipliers": multipliers, "orders": orders, "past": past, "pad_id": pad, "eos_id": eos}
+    settings_["n_ids"] = top + 1
     assert hash_ngrams_reference(*tensors, **settings_)[0].tolist() == expected  # type: ignore[arg-type]
     assert hash_ngrams(*tensors, **settings_)[0].tolist() == expected  # type: ignore[arg-type]
 
@@ -73,9 +77,22 @@ def test_the_remainder_is_exact_over_the_whole_range(modulus: int, mix: int, sid
     for x in (mix, beside):
         rows = hash_ngrams(
             torch.tensor([[1]]), None, torch.full((9,), modulus), torch.zeros(9, dtype=torch.int64),
-            multipliers=(x,), orders=(1,), past=0, pad_id=0, eos_id=-1,
+            multipliers=(x,), orders=(1,), past=0, pad_id=0, eos_id=-1, n_ids=2,
         )  # fmt: skip
         assert rows.flatten().tolist() == [x % modulus] * 9
+
+
+@pytest.mark.parametrize("hash_", [hash_ngrams, hash_ngrams_reference])
+@pytest.mark.parametrize("bad", [-1, 100, 2**40])
+@pytest.mark.parametrize(("row", "at"), [(0, 0), (0, 699), (1, 0), (2, 300), (2, 699)])
+def test_an_id_out_of_range_is_refused_wherever_it_stands(hash_: Any, bad: int, row: int, at: int) -> None:
+    load_native()
+    ids = torch.randint(0, 100, (3, 700))
+    options = {"multipliers": [3, 5], "orders": [2], "past": 1, "pad_id": 2, "eos_id": -1, "n_ids": 100}
+    hash_(ids, None, torch.tensor([97]), torch.tensor([0]), **options)
+    ids[row, at] = bad
+    with pytest.raises(ValueError, match=f"token id is {bad}: allowed is 0 to 99"):
+        hash_(ids, None, torch.tensor([97]), torch.tensor([0]), **options)
 
 
 def test_rows_of_a_batch_are_hashed_apart() -> None:
@@ -84,6 +101,7 @@ def test_rows_of_a_batch_are_hashed_apart() -> None:
     documents = (torch.rand(64, 257, generator=torch.Generator().manual_seed(1)) < 0.1).long().cumsum(1)
     arguments = (torch.tensor([97, 1009, 89, 1013]), torch.tensor([0, 97, 1106, 1195]))
     options = {"multipliers": (12345, 999_983, 77_777), "orders": (2, 3), "past": 0, "pad_id": 2, "eos_id": 5}
+    options["n_ids"] = 100
     whole = hash_ngrams(ids, documents, *arguments, **options)  # type: ignore[arg-type]
     assert torch.equal(whole, hash_ngrams_reference(ids, documents, *arguments, **options))  # type: ignore[arg-type]
     alone = [hash_ngrams(i[None], d[None], *arguments, **options) for i, d in zip(ids, documents, strict=True)]  # type: ignore[arg-type]
@@ -91,5 +109,5 @@ def test_rows_of_a_batch_are_hashed_apart() -> None:
 
 
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
-    arguments = (torch.tensor([[1, 2, 3]]), None, torch.tensor([97]), torch.tensor([0]), [3, 5], [2], 0, 0, -1)
+    arguments = (torch.tensor([[1, 2, 3]]), None, torch.tensor([97]), torch.tensor([0]), [3, 5], [2], 0, 0, -1, 4)
     torch.library.opcheck(torch.ops.engram.hash_ngrams.default, arguments)

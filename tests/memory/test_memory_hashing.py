@@ -355,6 +355,35 @@ def test_an_id_that_is_not_canonical_is_named(bad: int) -> None:
         hasher.step(ids, 1, hasher.init_state(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("row", "at"), [(0, 0), (0, 2), (1, 0), (1, 2)])
+def test_the_worst_id_is_named_wherever_it_stands(row: int, at: int, dtype: torch.dtype) -> None:
+    hasher, ids = NgramHasher(memory(), 10), torch.full((2, 3), 10, dtype=dtype)
+    for bad in (12, -2):
+        ids[row, at] = bad
+        with pytest.raises(ConfigError, match=f"token id is {bad}: allowed is 0 to 9"):
+            hasher(ids, 1)
+        with pytest.raises(ConfigError, match=f"token id is {bad}: allowed is 0 to 9"):
+            hasher.step(ids, 4, hasher.init_state(2))
+
+
+def test_compiled_code_refuses_an_id_that_is_not_canonical() -> None:
+    hasher, ids = NgramHasher(memory(), 10), torch.tensor([[3, 5, 9]])
+    compiled = torch.compile(hasher, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, 1), hasher(ids, 1))
+    for bad in (-1, 10):
+        with pytest.raises(ValueError, match=f"token id is {bad}: allowed is 0 to 9"):
+            compiled(ids.masked_fill(ids == 9, bad), 1)
+
+
+def test_no_ids_are_no_error() -> None:
+    hasher = NgramHasher(memory(), 10)
+    for B, T in ((0, 3), (2, 0)):
+        ids = torch.empty(B, T, dtype=torch.int64)
+        assert hasher(ids, 1).shape[:2] == (B, T)
+        assert hasher.step(ids, 1, hasher.init_state(B))[0].shape[:2] == (B, T)
+
+
 @pytest.mark.parametrize("bad", [-1, 10])
 @pytest.mark.parametrize("lookup", [None, torch.arange(10) // 2], ids=["raw", "compressed"])
 def test_an_id_outside_the_vocabulary_is_named(bad: int, lookup: torch.Tensor | None) -> None:

@@ -90,7 +90,7 @@ struct Mixer {
 
 at::Tensor hash_ngrams(const at::Tensor& ids, const std::optional<at::Tensor>& documents,
                        const at::Tensor& moduli, const at::Tensor& offsets, at::IntArrayRef multipliers,
-                       at::IntArrayRef orders, int64_t past, int64_t pad_id, int64_t eos_id) {
+                       at::IntArrayRef orders, int64_t past, int64_t pad_id, int64_t eos_id, int64_t n_ids) {
   const int64_t B = ids.size(0), S = ids.size(1), T = S - past, H = moduli.numel();
   const int64_t n_orders = orders.size(), heads = H / n_orders, context = orders.back() - 1;
   const auto ids_c = ids.contiguous();
@@ -111,6 +111,10 @@ at::Tensor hash_ngrams(const at::Tensor& ids, const std::optional<at::Tensor>& d
       const int64_t count = std::min(kTokens, T - t), before = std::min(context, now);
       std::fill(near_id - context, near_id - before, pad_id);
       std::copy(id + b * S + now - before, id + b * S + now + count, near_id - before);
+      uint64_t worst = 0;  // below zero is above all
+      for (int64_t k = -before; k < count; ++k) worst = std::max(worst, static_cast<uint64_t>(near_id[k]));
+      TORCH_CHECK_VALUE(worst < static_cast<uint64_t>(n_ids), "token id is ", static_cast<int64_t>(worst),
+                        ": allowed is 0 to ", n_ids - 1);
       if (document) std::copy(document + b * S + now - before, document + b * S + now + count, near_kind - before);
       mixer(near_id, document ? near_kind : nullptr, count, mix.data());
       for (int64_t o = 0; o < n_orders; ++o)

@@ -79,6 +79,7 @@ def _hash(
     past: int,
     pad_id: int,
     eos_id: int,
+    n_ids: int,
     table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     (B, S), H = ids.shape, len(moduli)
