@@ -13,7 +13,7 @@ text than what is measured. With `prefetch` off, rows are fetched when the memor
 
     python benchmarks/offloaded_tables.py                        # scale `cpu`: tables of 2 GB, and on disk of 240 GB
     python benchmarks/offloaded_tables.py --scale toy --device cuda
-    python benchmarks/offloaded_tables.py --device cuda --ids zipf   # scale `h200`: 4B backbone, 80 GB pinned
+    python benchmarks/offloaded_tables.py --device cuda --ids zipf --replay   # scale `h200`: 4B, 80 GB pinned
 """
 
 from __future__ import annotations
