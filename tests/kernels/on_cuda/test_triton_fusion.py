@@ -158,21 +158,22 @@ def test_chunks_and_runs_do_not_show_in_bfloat16(M: int, device: torch.device, m
     check(inputs(device, **SHAPE | {"T": 17, "M": M, "packed": True, "residual": True}, **types), False, narrow=True)
 
 
-@pytest.mark.parametrize("boundary", range(9, 20))
 def test_documents_may_change_where_the_taps_of_a_chunk_reach(
-    boundary: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The taps of the chunk that begins at token 18 reach back to token 9."""
+    """The taps of the chunk that begins at a sequence's token 18 reach back to its token 9."""
     small_chunks(monkeypatch, 2, 7)
-    arguments = inputs(device, **SHAPE | {"T": 23, "M": 1})
-    arguments[6] = (torch.arange(23, device=device) >= boundary).long().expand(2, -1)
+    boundaries = torch.arange(9, 20, device=device)
+    arguments = inputs(device, **SHAPE | {"B": len(boundaries), "T": 24, "M": 1})
+    arguments[6] = (torch.arange(24, device=device) >= boundaries.unsqueeze(1)).long()
     check_forward(arguments, narrow=False)
 
 
 @pytest.mark.parametrize(("hidden", "kv"), TYPES)
 @pytest.mark.parametrize("M", [1, 3, 4])
 def test_all_pairs_of_types(hidden: torch.dtype, kv: torch.dtype, M: int, device: torch.device) -> None:
-    arguments = inputs(device, **SHAPE | {"M": M, "packed": True, "past": 2}, hidden=hidden, kv=kv)
+    few = {"T": 4, "dilation": 1, "past": 2, "packed": True}
+    arguments = inputs(device, **SHAPE | few | {"M": M}, hidden=hidden, kv=kv)
     check(arguments, True, narrow=torch.bfloat16 in (hidden, kv))
 
 
