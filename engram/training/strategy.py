@@ -80,8 +80,8 @@ class MeshStrategy(ModelParallelStrategy):
 
     def setup(self, trainer: lightning.Trainer) -> None:
         """Replace what Lightning does at SIGTERM: with several processes it starts a collective in the midst of another
-        one, which fails or waits for the timeout; and it saves nothing. What it asks all of them before each batch, they
-        learn with the loss."""
+        one, which fails or waits for the timeout; and it saves nothing. What it asks all of them before each batch,
+        they learn with the loss."""
         super().setup(trainer)
         act = self._note_sigterm if trainer.state.fn == TrainerFn.FITTING else _end_by
         trainer._signal_connector._sigterm_notifier_fn = act  # type: ignore[method-assign, assignment]

@@ -1,10 +1,10 @@
 """`pick_rows` for CUDA, in Triton (reference: engram/kernels/elsewhere.py): also from pinned memory of the host.
 
 A program asks for several rows at once. Of those that are cached nothing goes over the bus; the others cross it once
-for each time they are read, and the host has no part in it. There is one program of one warp and few registers for each
-processor, and it takes one block of rows after another. Large products wait for it nonetheless: on an H200 twelve that
-take 58 ms took 87 beside a read of a million rows, 38 ms alone, with one to four programs a processor and whatever they
-asked for at once. So it is for few rows; engram/memory/reading.py lets the host gather many.
+for each time they are read, and the host has no part in it. An H200 read 28 rows in a microsecond, with one to four
+programs a processor and whatever they asked for at once, and large products found no processor meanwhile: twelve that
+take 58 ms took 87 beside a read of a million rows, 38 ms alone. So a read of the host's memory has few programs, which
+take one block of rows after another, and is for few rows; engram/memory/reading.py lets the host gather many.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engram.kernels.triton.launch import at_most, ceil_div, machine
+from engram.kernels.triton.launch import ceil_div
 
-_NUMBERS = 256  # of a program at a time: with 132 of them some 100 KB are on their way, what a bus takes in a trip
-_REGISTERS = 32
+_NUMBERS = 1024  # of a program at a time
+_PROGRAMS = 16  # beside products: with rows of 160 bytes 256 are on their way, some 9 microseconds' worth
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -51,9 +51,9 @@ def pick_rows_triton(cache: Tensor, slots: Tensor, table: Tensor, rows: Tensor) 
     S = S // number.itemsize
     width = min(triton.next_power_of_2(S), 256)
     count = max(_NUMBERS // width, 1)
-    programs = min(ceil_div(N, count), machine(picked.device).processors)
+    programs = ceil_div(N, count) if table.is_cuda else min(ceil_div(N, count), _PROGRAMS)
     _pick_kernel[(programs, ceil_div(S, width))](
         parts[0], slots.contiguous(), parts[1], rows.contiguous(), parts[2],
-        N, S=S, ROWS=count, WIDTH=width, num_warps=1, **at_most(_REGISTERS),
+        N, S=S, ROWS=count, WIDTH=width, num_warps=4,
     )  # fmt: skip
     return picked

@@ -10,7 +10,7 @@ from engram.kernels.triton.elsewhere import pick_rows_triton
 
 
 @pytest.mark.parametrize(
-    ("n", "row_bytes", "n_cached"), [(700, 64, 9), (33, 36, 1), (5, 7, 3), (40, 1300, 4), (0, 8, 2)]
+    ("n", "row_bytes", "n_cached"), [(1100, 64, 9), (33, 36, 1), (5, 7, 3), (40, 1300, 4), (0, 8, 2)]
 )
 def test_rows_come_from_the_cache_where_it_has_them(
     n: int, row_bytes: int, n_cached: int, device: torch.device
@@ -24,7 +24,7 @@ def test_rows_come_from_the_cache_where_it_has_them(
 
 def test_rows_come_from_the_hosts_memory(device: torch.device) -> None:
     table = torch.randint(0, 255, (50, 64), dtype=torch.uint8)
-    cache, rows, slots = table[:4].to(device), torch.randint(0, 50, (90,)), torch.randint(-1, 4, (90,))
+    cache, rows, slots = table[:4].to(device), torch.randint(0, 50, (1100,)), torch.randint(-1, 4, (1100,))
     if device.type == "cuda":
         table = table.pin_memory()
     picked = pick_rows_triton(cache, slots.to(device), table, rows.to(device))
