@@ -28,6 +28,7 @@ TOKENS = (4096, 8192, 16384, 32768)
 BRANCHES = 4
 TAPS, DILATION, EPS = 4, 3, 1e-5
 ORDERS, HEADS = [2, 3], 16
+IDS = 100_000
 TABLE_ROWS = 2_000_000
 EXPERTS_PER_TOKEN, EXPERT_WIDTH = 8, 768
 HEAD_WIDTH, BESIDE = 128, 8  # channels of a query head; heads of keys and values that lie beside a token's queries
@@ -85,12 +86,12 @@ def hash_cases(D: int, N: int) -> Iterator[Case]:
     from engram.kernels.triton.rows import gather_rows_triton
 
     W = D // 32  # all rows of a token are d / 2 wide, as in the paper
-    ids = torch.randint(0, 100_000, (N // SEQUENCE, SEQUENCE), device="cuda")
+    ids = torch.randint(0, IDS, (N // SEQUENCE, SEQUENCE), device="cuda")
     step = TABLE_ROWS // HEADS
     moduli = torch.tensor([step - 2 * h - 1 for h in range(HEADS)], device="cuda")
     offsets = torch.arange(HEADS, device="cuda") * step
     multipliers = [2**40 + 15, 2**41 + 27, 2**42 + 15]
-    arguments = [ids, None, moduli, offsets, multipliers, ORDERS, 0, 2, -1, 100_000]
+    arguments = [ids, None, moduli, offsets, multipliers, ORDERS, 0, 2, -1, IDS]
     least = N * (8 + 8 * HEADS)
     tile = peer("engram")
     if not isinstance(tile, str):
