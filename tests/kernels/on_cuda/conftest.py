@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name.startswith("test_triton_") and not INTERPRETED:
             item.add_marker(pytest.mark.gpu)
+
+
+if INTERPRETED:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    prepare_and_call, prepared = InterpretedFunction.__call__, set()
+
+    def call_prepared(function: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+        """At each call of a function by a kernel Triton looks through its whole language: a third of the time here.
+
+        What that replaces stays replaced, until the launch that began with the same replacements ends.
+        """
+        if function.fn in prepared:
+            return function.rewrite()(*args, **kwargs)
+        prepared.add(function.fn)
+        return prepare_and_call(function, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call_prepared
 
 
 @pytest.fixture(scope="session")

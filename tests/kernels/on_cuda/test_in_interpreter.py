@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted(Path(__file__).parent.glob("test_triton_*.py"))
+FILES = {file.stem.removeprefix("test_triton_"): file for file in Path(__file__).parent.glob("test_triton_*.py")}
+LONG = ["fusion", "rows"]  # the others share a process: it takes longer to start one than to run most of them
+SHARED = sorted(FILES.keys() - set(LONG))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
-def test_kernels_do_what_their_references_do(file: Path) -> None:
+@pytest.mark.parametrize("names", [[name] for name in LONG] + [SHARED], ids=" ".join)
+def test_kernels_do_what_their_references_do(names: list[str]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command += [str(FILES[name]) for name in names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
