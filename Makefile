@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PLAN ?= configs/sweeps/default.yaml
 
-.PHONY: setup test check pytest cluster-test sweep report bench clean
+.PHONY: setup test check pytest gpu-test cluster-test sweep report bench clean
 
 setup: .venv/.installed
 
@@ -24,6 +24,10 @@ check: setup
 
 pytest: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The tests that need a CUDA device, by name; they skip themselves without one.
+gpu-test: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -vv -m gpu
 
 # Sweeps on a Slurm of two nodes that the tests start on this machine: needs slurm-wlm and munge.
 cluster-test: setup
