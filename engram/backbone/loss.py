@@ -26,7 +26,7 @@ def _mean_cross_entropy(
     """Mean loss of hidden states `[N, D]`, head `[V, D]` and targets `[N]`; gradients of the sum of losses."""
     h, w = hidden_ND.to(dtype), head_VD.to(dtype)
     N, V = len(h), len(w)
-    rows = min(N, chunk_rows(w))
+    rows = max(min(N, chunk_rows(w)), 1)
     # Every chunk is computed in this buffer: fresh ones would cost more than what is computed in them.
     buffer = h.new_empty(rows, V)
     grad_h = h.new_empty(h.shape)
@@ -60,11 +60,14 @@ _op = define(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, grad_h, grad_w = output
     ctx.mark_non_differentiable(grad_h, grad_w)
+    ctx.set_materialize_grads(False)  # of these: zeros as large as the head
     ctx.save_for_backward(grad_h, grad_w)
     ctx.types = inputs[0].dtype, inputs[1].dtype
 
 
-def _backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
     grad_h, grad_w = ctx.saved_tensors
     scale = grad / grad_h.shape[0]  # len would fix the number in a compiled graph
     return (grad_h * scale).to(ctx.types[0]), (grad_w * scale).to(ctx.types[1]), None, None

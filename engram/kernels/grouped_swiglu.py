@@ -121,10 +121,13 @@ register_flop_formula(torch.ops.engram.grouped_swiglu_backward)(_backward_flops)
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of that: zeros as large as all hidden layers
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     grad_x, grad_weights, grad_gate_up, grad_down = _backward_op(grad, *ctx.saved_tensors)
     return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down
 

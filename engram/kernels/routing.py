@@ -69,7 +69,7 @@ _op = define(
 _backward_op = define(
     f"route_backward(Tensor grad_weights, Tensor logits, Tensor experts, {_SETTINGS}) -> Tensor",
     route_backward_reference,
-    lambda grad_weights, logits, *rest: torch.empty_like(logits),
+    lambda grad_weights, logits, *rest: logits.new_empty(logits.shape),
 )
 
 

@@ -192,4 +192,4 @@ def _offloaded(number: int) -> OffloadedTable:
     return table
 
 
-_read_offloaded = define("read_offloaded(Tensor rows, int number) -> Tensor", _read_now, _shape_read)
+_read_offloaded = define("read_offloaded(Tensor rows, int number) -> Tensor", _read_now, _shape_read, replayed=False)

@@ -198,6 +198,7 @@ _keep_row_gradient = define(
     "keep_row_gradient(Tensor grad, Tensor rows, int number, int call) -> Tensor",
     _keep_row_gradient_now,
     lambda grad, rows, number, call: grad.new_zeros(1, dtype=torch.float32),
+    replayed=False,
 )
 _read_rows = define(
     "read_rows(Tensor weight, Tensor rows, Tensor anchor, int number) -> Tensor",

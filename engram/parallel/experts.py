@@ -17,6 +17,7 @@ from engram.experts import Experts
 from engram.experts.grouped import grouped_swiglu
 from engram.parallel.local import local_part
 from engram.parallel.mesh import Mesh
+from engram.tensors import widen
 
 
 class ShardedExperts(Experts):
@@ -67,8 +68,8 @@ class ShardedExperts(Experts):
         w_gate_up, w_down = (_WithScaledGradient.apply(w, 1 / R) for w in (self.w_gate_up, self.w_down))
         load_L = torch.bincount(expert_C, minlength=L)
         y_CD = grouped_swiglu(x_in[token_C], expert_C[:, None], weights_C[:, None], load_L, w_gate_up, w_down)
-        y_in = torch.zeros_like(x_in).index_add(0, token_C, y_CD)
-        return torch.zeros_like(x_ND).index_add(0, token_S, self._send(y_in, tokens_in, tokens_out))
+        y_in = _sums(y_CD, token_C, x_in)
+        return _sums(self._send(y_in, tokens_in, tokens_out), token_S, x_ND)
 
     def of_all(self, part: Tensor) -> DTensor:
         """A tensor of this process's experts, `[E / n, ...]` or what FSDP2 left of it, as a part of all experts'."""
@@ -81,6 +82,11 @@ class ShardedExperts(Experts):
     def _send(self, x: Tensor, sends: list[int], receives: list[int]) -> Tensor:
         """Rows of `x` to the members of the group, part by part; what comes from them."""
         return all_to_all_single_autograd(x, receives, sends, self.group)
+
+
+def _sums(x: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """Sums of what goes into the same row, rounded once to the type of `like`."""
+    return torch.zeros_like(widen(like)).index_add(0, rows, widen(x)).to(like.dtype)
 
 
 class _WithScaledGradient(torch.autograd.Function):

@@ -29,3 +29,7 @@ def test_autocast_stays_close_to_float32() -> None:
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, token_losses(hidden, head, targets), rtol=0.02, atol=0.02)
     torch.testing.assert_close(low_mean, low.mean())
+
+
+def test_no_tokens_have_the_mean_that_torch_gives_them() -> None:
+    assert mean_loss(torch.randn(1, 0, 4), torch.randn(9, 4), torch.zeros(1, 0, dtype=torch.int64)).isnan()

@@ -16,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from engram.kernels.triton.launch import ceil_div
+from engram.kernels.triton.rows import ASSERTING
 
 _NUMBERS = 1024  # of a program at a time
 _PROGRAMS = 16  # beside products: with rows of 160 bytes 256 are on their way, some 9 microseconds' worth
 
 
-@triton.jit(do_not_specialize=["N"])
-def _pick_kernel(cache, slots, table, rows, out, N, S: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "R"])
+def _pick_kernel(cache, slots, table, rows, out, N, R, S: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     w = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     start = tl.program_id(0).to(tl.int64) * ROWS
     while start < N:
@@ -30,9 +31,11 @@ def _pick_kernel(cache, slots, table, rows, out, N, S: tl.constexpr, ROWS: tl.co
         there = i < N
         row = tl.load(rows + i, mask=there, other=0)
         slot = tl.load(slots + i, mask=there, other=0)
+        inside = (row >= 0) & (row < R)
+        tl.device_assert(inside | (slot >= 0) | (i >= N), "a row beyond the table")
         mask = there[:, None] & (w < S)[None, :]
         cached = mask & (slot >= 0)[:, None]
-        elsewhere = mask & (slot < 0)[:, None]
+        elsewhere = mask & ((slot < 0) & inside)[:, None]
         near = tl.load(cache + slot[:, None] * S + w[None, :], mask=cached, other=0)
         far = tl.load(table + row[:, None] * S + w[None, :], mask=elsewhere, other=0)
         tl.store(out + i[:, None] * S + w[None, :], tl.where(cached, near, far), mask=mask)
@@ -54,6 +57,6 @@ def pick_rows_triton(cache: Tensor, slots: Tensor, table: Tensor, rows: Tensor) 
     programs = ceil_div(N, count) if table.is_cuda else min(ceil_div(N, count), _PROGRAMS)
     _pick_kernel[(programs, ceil_div(S, width))](
         parts[0], slots.contiguous(), parts[1], rows.contiguous(), parts[2],
-        N, S=S, ROWS=count, WIDTH=width, num_warps=4,
+        N, len(table), S=S, ROWS=count, WIDTH=width, num_warps=4, **ASSERTING,
     )  # fmt: skip
     return picked

@@ -144,7 +144,7 @@ def _step(
             mine = gz if WHOLE else own * gz
             next_sums = next_sums + (by_tap[m * TAPS + j] + mine * seen[TAPS - 1 - j],)
         for steps in tl.static_range(TAPS):
-            q = w[TAPS - 1 - steps] * (gz if WHOLE else ((link >> (TAPS - 1 - steps)) & 1).to(tl.float32) * gz)
+            q = w[TAPS - 1 - steps] * (gz if WHOLE else tl.where(((link >> (TAPS - 1 - steps)) & 1) != 0, gz, 0.0))
             if steps > 0:
                 q += qs[m * (TAPS - 1) + steps - 1]
             if steps < TAPS - 1:

@@ -111,7 +111,10 @@ def _results(
                 kept_s = kept_s + (ss[m * TAPS + steps],)
         seen = ()
         for j in tl.static_range(TAPS):
-            value = vs[TAPS - 1 - j]  # of another document or sequence where there is no link, and scaled by 0
+            # Without a link it is of another document or sequence, whose infinities are none of this one's.
+            value = vs[TAPS - 1 - j]
+            if j < TAPS - 1:
+                value = tl.where(((now >> j) & 1)[:, None] != 0, value, 0.0)
             if past_values is not None:
                 before = ((now >> (j + 16)) & 1) != 0
                 slot = tl.cast(n // T, tl.int64) * past + past + n % T - (TAPS - 1 - j) * DILATION

@@ -20,9 +20,10 @@ from engram.kernels.triton.launch import ceil_div, dense
 from engram.kernels.triton.rows import ASSERTING, as_integers, copy_rows, rows_at_once
 
 
-@triton.jit(do_not_specialize=["N", "T", "past", "pad_id", "eos_id", "R"])
+@triton.jit(do_not_specialize=["N", "T", "past", "pad_id", "eos_id", "n_ids", "R"])
 def _hash_kernel(
-    ids, documents, moduli, offsets, multipliers, orders, table, rows, gathered, N, T, past, pad_id, eos_id, R,
+    ids, documents, moduli, offsets, multipliers, orders, table, rows, gathered,
+    N, T, past, pad_id, eos_id, n_ids, R,
     H: tl.constexpr, HEADS: tl.constexpr, REACH: tl.constexpr, W: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -39,6 +40,7 @@ def _hash_kernel(
     for back in tl.static_range(REACH):
         same = same & (t >= back)
         there = tl.load(ids + now - back, mask=same, other=0)
+        tl.device_assert((there >= 0) & (there < n_ids), "a token id beyond the vocabulary")
         if back > 0:
             if documents is not None:
                 document = tl.load(documents + now, mask=valid, other=0)
@@ -99,7 +101,7 @@ def _hash(
         ids.contiguous(), dense(documents), moduli.contiguous(), offsets.contiguous(),
         _constants(tuple(multipliers), ids.device), _constants(tuple(orders), ids.device),
         None if table is None else cells, rows, None if table is None else copies,
-        B * T, T, past, pad_id, eos_id, R,
+        B * T, T, past, pad_id, eos_id, n_ids, R,
         H=H, HEADS=H // len(orders), REACH=max(orders), W=W, TOKENS=tokens, COLUMNS=columns, ROWS=count, WIDTH=width,
         num_warps=warps, **ASSERTING,
     )  # fmt: skip

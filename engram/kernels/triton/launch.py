@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 WARP = 32  # threads
+WARPS = 32 if torch.version.hip is None else 16  # of a program at most: 1024 threads, of which HIP puts 64 in a warp
 WIDTH = 4 * WARP  # channels
 _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 
@@ -127,7 +128,7 @@ class Rows(NamedTuple):
     def of(cls, R: int, D: int, each: int, warps: int) -> Rows:
         """For `each` numbers a thread; there are more than `warps` warps only where a row needs them."""
         width = _padded(D)
-        warps = min(max(width // (WARP * each), warps), 32)
+        warps = min(max(width // (WARP * each), warps), WARPS)
         rows = max(warps * WARP * each // width, 1)
         return cls(rows, width, warps, ceil_div(R, rows))
 

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engram.kernels.loss import cross_entropy_reference_
-from engram.kernels.triton.launch import at_most, ceil_div, machine
+from engram.kernels.triton.launch import WARPS, at_most, ceil_div, machine
+from engram.kernels.triton.rows import ASSERTING
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOWEST = tl.constexpr(-1e38)  # finite, so that it can be taken from itself
@@ -49,7 +50,10 @@ def _kernel(
 ):
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * stride
-    target = tl.load(targets + n).to(tl.int32)
+    target = tl.load(targets + n)
+    inside = (target >= 0) & (target < V)
+    tl.device_assert(inside, "a target beyond the vocabulary")
+    target = tl.where(inside, target, 0).to(tl.int32)
     wanted = tl.load(row + target).to(tl.float32)
     # Columns lie in a thread each: threads need not meet before all chunks have been seen.
     v = tl.arange(0, DEEP)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -81,7 +85,7 @@ def cross_entropy_triton_(logits: Tensor, targets: Tensor) -> Tensor:
     losses = logits.new_empty(N, dtype=torch.float32)
     _kernel[(N,)](
         logits, targets.contiguous(), losses, logits.stride(0),
-        V=V, DEEP=_DEEP, WIDTH=width, CHUNKS=ceil_div(V, _DEEP * width), num_warps=warps, **at_most(64),
+        V=V, DEEP=_DEEP, WIDTH=width, CHUNKS=ceil_div(V, _DEEP * width), num_warps=warps, **at_most(64), **ASSERTING,
     )  # fmt: skip
     return losses
 
@@ -94,6 +98,6 @@ def _warps(V: int, each: int, element_size: int, device: torch.device) -> int:
         return max(threads // 32, 1)
     processors, cache = machine(device)
     warps = 8
-    while warps < 32 and 32 // warps * processors * V * element_size > _CACHED * cache:
+    while warps < WARPS and 32 // warps * processors * V * element_size > _CACHED * cache:
         warps *= 2
     return warps

@@ -380,7 +380,7 @@ def row_adam_triton_(
         table, row_state, rows.contiguous(), grads.contiguous(),
         _powers(beta1, table.device), _powers(beta2, table.device),
         U, step, lr / (1 - beta1**step), 1 / (1 - beta2**step), 1 - beta1, 1 - beta2, eps,
-        math.log2(beta1) if beta1 else 0.0, math.log2(beta2) if beta2 else 0.0,
+        math.log2(beta1) if beta1 else -math.inf, math.log2(beta2) if beta2 else -math.inf,
         _scrambled((seed & mask) ^ _scrambled(step & mask)),
         W=W, S=S, FIRSTS=firsts, BY_ROW=by_row, AT_RANDOM=table.dtype == torch.bfloat16, KNOWN=_POWERS,
         ROWS=count, WIDTH=width, num_warps=warps, enable_fp_fusion=False,

@@ -169,6 +169,31 @@ def test_documents_may_change_where_the_taps_of_a_chunk_reach(
     check_forward(arguments, narrow=False)
 
 
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_document(bad: float, past: int, device: torch.device) -> None:
+    """Results of the documents after it, and gradients of those before it, are what they are beside finite numbers."""
+    T, D = 6 - past, 8
+    arguments = inputs(device, **SHAPE | {"T": T, "M": 1, "D": D, "taps": 3, "dilation": 1, "past": past})
+    arguments[6] = torch.tensor([[0] * 3 + [1] * 3, [0] * 6], device=device)
+    calm = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    first, second = slice(0, 3 - past), slice(3 - past, None)  # documents of the first sequence
+    arguments[1][0, first, D:] = bad
+    outs = []
+    for given in (arguments, calm):
+        out, alpha, stats = fuse_memory_triton(*given)
+        grad = torch.ones_like(out)
+        if given is arguments:
+            grad[1] = bad
+        grad_kv = fuse_memory_backward_triton(grad, None, *given[:9], alpha, stats, *given[9:])[1]
+        outs.append((out, grad_kv))
+    (out, grad_kv), (calm_out, calm_grad) = outs
+    assert not out[0, first].isfinite().all()
+    assert torch.equal(out[0, second], calm_out[0, second])
+    assert torch.equal(out[1], calm_out[1])
+    assert torch.equal(grad_kv[0, second], calm_grad[0, second])
+
+
 @pytest.mark.parametrize(("hidden", "kv"), TYPES)
 @pytest.mark.parametrize("M", [1, 3, 4])
 def test_all_pairs_of_types(hidden: torch.dtype, kv: torch.dtype, M: int, device: torch.device) -> None:

@@ -58,14 +58,22 @@ def test_rows_are_gathered_from_a_table_that_lies_in_strides(device: torch.devic
     assert torch.equal(gather_rows_triton(table, rows), table[rows])
 
 
-@pytest.mark.parametrize("row", [-1, 40, 2**40])
-def test_a_row_beyond_the_table_stops_the_device(row: int, device: torch.device) -> None:
+GATHER = "rows.gather_rows_triton(torch.zeros(40, 3).cuda(), ids)"
+PICK = "elsewhere.pick_rows_triton(cache, torch.full_like(ids, -1), torch.zeros(40, 8).byte().pin_memory(), ids)"
+HASH = "hashing.hash_ngrams_triton(ids[None], None, ids[:1] + 7, ids[:1], [3, 5], [2], 0, 0, -1, 40)"
+LOSS = "loss.cross_entropy_triton_(torch.zeros(2, 40).cuda(), ids)"
+
+
+@pytest.mark.parametrize("number", [-1, 40, 2**40])
+@pytest.mark.parametrize("call", [GATHER, PICK, HASH, LOSS], ids=["gather", "pick", "hash", "loss"])
+def test_a_number_beyond_the_table_or_vocabulary_stops_the_device(call: str, number: int, device: torch.device) -> None:
     """In a process of its own: the device is lost to it."""
     if device.type != "cuda":
         pytest.skip("the interpreter leaves assertions out")
     program = (
-        "import torch; from engram.kernels.triton.rows import gather_rows_triton; "
-        f"gather_rows_triton(torch.zeros(40, 3).cuda(), torch.tensor([0, {row}]).cuda()); torch.cuda.synchronize()"
+        "import torch; from engram.kernels.triton import elsewhere, hashing, loss, rows; "
+        f"ids, cache = torch.tensor([0, {number}]).cuda(), torch.zeros(1, 8).byte().cuda(); "
+        f"{call}; torch.cuda.synchronize()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -175,6 +183,16 @@ def test_what_is_not_finite_stays_so(device: torch.device) -> None:
     torch.testing.assert_close(*tables, equal_nan=True, rtol=0, atol=0)
     assert tables[0][0, :2].isinf().all()
     assert tables[0][0, 2].isnan()
+
+
+@pytest.mark.parametrize("missed", [3, 2000])
+def test_without_memory_a_rows_moments_are_those_of_its_last_gradient(missed: int, device: torch.device) -> None:
+    """However long ago it moved before: beta2 of 0, so that it moves by the rate."""
+    table, kept = torch.zeros(1, 4, device=device), torch.full((1, 9), 100.0, device=device)
+    kept[:, 8] = 1
+    row, grad = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1, 4), 0.5, device=device)
+    row_adam_triton_(table, kept, row, grad, 1 + missed, 0.01, 0.9, 0.0, 0.0, 0)
+    assert kept[:, 4:8].eq(0.25).all()
 
 
 def test_no_rows_change_nothing(device: torch.device) -> None:
