@@ -6,6 +6,7 @@ while the first blocks compute; the most frequent ones stay on the device.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,8 @@ _PINNED: weakref.WeakValueDictionary[int, Pinned] = weakref.WeakValueDictionary(
 class OffloadedTable(ReadOnlyTable):
     """A table whose records stay on the CPU, whatever the model is moved to; values come to where row indices are.
 
+    A process that was forked reads by a thread, cache and counts of its own, empty at first.
+
     Args:
         records, fmt: as for `ReadOnlyTable`.
         cache_rows: frequent rows to keep on the device, 0 for none. The cache fills itself while rows are read.
@@ -46,7 +49,7 @@ class OffloadedTable(ReadOnlyTable):
         require(cache_rows >= 0, "cache_rows", cache_rows, "0 (no cache) or more")
         super().__init__(records, fmt)
         self.cache_rows = cache_rows
-        self._ways: dict[torch.device, ReadByThread | ReadFromPinned] = {}
+        self._ways: dict[tuple[int, torch.device], ReadByThread | ReadFromPinned] = {}  # by process and device
 
     def start(self, rows: Tensor) -> Callable[[], Tensor]:
         """As `MemoryTable.start`, for rows that do not change until their values are there; raises as `forward`.
@@ -65,20 +68,24 @@ class OffloadedTable(ReadOnlyTable):
 
     def stats(self) -> ReadStats:
         """What was read since the start, or since `reset_stats`, on all devices together."""
-        return sum((way.stats for way in self._ways.values()), ReadStats())
+        return sum((way.stats for way in self._ways_here()), ReadStats())
 
     def reset_stats(self) -> None:
         """Count from 0; the cache stays."""
-        for way in self._ways.values():
+        for way in self._ways_here():
             way.reset_stats()
 
     def _begin(self, rows: Tensor) -> Callable[[], Tensor]:
         return self._way(rows.device).start(rows)
 
     def _way(self, device: torch.device) -> ReadByThread | ReadFromPinned:
-        if device not in self._ways:
-            self._ways[device] = self._new_way(device)
-        return self._ways[device]
+        place = os.getpid(), device  # the threads of its parent are none of a process that was forked
+        if place not in self._ways:
+            self._ways[place] = self._new_way(device)
+        return self._ways[place]
+
+    def _ways_here(self) -> list[ReadByThread | ReadFromPinned]:
+        return [way for (process, _), way in self._ways.items() if process == os.getpid()]
 
     def _new_way(self, device: torch.device) -> ReadByThread | ReadFromPinned:
         return ReadByThread(self._load, self.format, self.cache_rows, device)

@@ -352,6 +352,32 @@ def test_rows_come_to_a_cuda_device_while_it_computes(
     if place == "host":
         assert isinstance(moved, HostTable)
         assert moved._pinned is not None
+def read_and_tell(table: OffloadedTable, rows: Tensor, results: "multiprocessing.Queue[tuple[object, int]]") -> None:
+    with torch.no_grad():
+        values = table(rows)
+    results.put((values.tolist(), table.stats().lookups))
+
+
+@pytest.mark.parametrize(("place", "cache_rows"), [("disk", 0), ("disk", 5), ("host", 5)])
+def test_a_forked_process_reads_what_its_parent_has_read(place: str, cache_rows: int, tmp_path: Path) -> None:
+    table, rows = MemoryTable(300, 8), torch.tensor([3, 3, 299])
+    moved = elsewhere(table, place, tmp_path, cache_rows)
+    with torch.no_grad():
+        moved(rows)
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[tuple[object, int]] = context.Queue()
+    child = context.Process(target=read_and_tell, args=(moved, rows, results))
+    child.start()
+    try:
+        assert results.get(timeout=20) == (table.weight[rows].tolist(), 3)
+    finally:
+        child.kill()
+        child.join()
+    with torch.no_grad():
+        moved(rows)
+    assert moved.stats().lookups == 6
+
+
         assert moved.records.is_pinned()
 
 
