@@ -37,7 +37,7 @@ class RowCache:
         index: torch.device,
     ) -> None:
         self.capacity, self.load = capacity, load
-        self.rows = torch.full((1,), -1, device=index)  # ascending; no row is -1
+        self.rows = torch.empty(0, dtype=torch.int64, device=index)  # ascending
         self.records = torch.zeros(1, row_bytes, dtype=torch.uint8, device=device)
         self._known = torch.empty(0, dtype=torch.int64, device=index)
         self._counts = torch.empty(0, device=index)
@@ -46,6 +46,8 @@ class RowCache:
 
     def find(self, rows: Tensor) -> Tensor:
         """Where rows lie in `records`, -1 for those that don't."""
+        if not len(self.rows):
+            return torch.full_like(rows, -1)
         place = torch.searchsorted(self.rows, rows).clamp_max(len(self.rows) - 1)
         return torch.where(self.rows[place] == rows, place, -1)
 

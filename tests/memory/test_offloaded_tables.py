@@ -67,11 +67,18 @@ def test_quantized_rows_are_the_same_in_every_place(place: str, kind: RowKind, t
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
-@pytest.mark.parametrize("row", [-1, 300])
-def test_rows_beyond_the_table_are_refused(place: str, row: int, tmp_path: Path) -> None:
-    moved = elsewhere(MemoryTable(300, 4), place, tmp_path)
+@pytest.mark.parametrize("row", [-1, -(2**63), 300])
+@pytest.mark.parametrize("cache_rows", [0, 20])
+def test_rows_beyond_the_table_are_refused(place: str, row: int, cache_rows: int, tmp_path: Path) -> None:
+    moved = elsewhere(MemoryTable(300, 4), place, tmp_path, cache_rows)
     with torch.no_grad(), pytest.raises(IndexError, match=f"{row}"):
         moved(torch.tensor([[[5, row]]]))
+    if cache_rows:
+        with pytest.raises(IndexError, match=f"{row}"):
+            moved.warm(torch.tensor([5, row]))
+        moved.warm(torch.tensor([5]))
+        with torch.no_grad(), pytest.raises(IndexError, match=f"{row}"):
+            moved(torch.tensor([[[5, row]]]))
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
