@@ -33,8 +33,8 @@ class ReadStats:
     """What reading rows took since the start, or since `reset_stats`.
 
     lookups: rows asked for, each as often as it was. hits: those of them that the cache had. bytes_moved: read from
-    host or disk for the others. bytes_fetched: those of them that a thread gathered. fetch_seconds: how long it worked.
-    wait_seconds: how long whoever asked waited for it.
+    host or disk for the others, and for the cache to hold. bytes_fetched: those of them that a thread gathered.
+    fetch_seconds: how long it worked. wait_seconds: how long whoever asked waited for it.
     """
 
     lookups: int = 0
@@ -75,7 +75,8 @@ class ReadByThread:
         self.cache: RowCache | None = None
         if cache_rows:
             with self._on_side():
-                self.cache = RowCache(cache_rows, lambda rows: self._send(load(rows)), fmt.row_bytes, device, _CPU)
+                self.cache = RowCache(cache_rows, self._load, fmt.row_bytes, device, _CPU)
+        self._failure: Exception | None = None  # of choosing what the cache holds, after the values of a read are there
         # One thread: reads come in the order in which they were begun, and the cache needs no lock.
         self._thread = ThreadPoolExecutor(1, "engram-rows")
 
@@ -102,6 +103,9 @@ class ReadByThread:
             self.cache.refresh(least=1)
 
     def _bring(self, rows: Tensor, known: torch.cuda.Event | None) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
         if known is not None:
             known.synchronize()
         began = time.perf_counter()
@@ -121,15 +125,27 @@ class ReadByThread:
             self._thread.submit(self._count, self.cache, distinct, counts)
         self.stats.lookups += rows.numel()
         self.stats.hits += int(counts[~missed].sum())
-        fetched = int(missed.sum()) * self.fmt.row_bytes
-        self.stats.bytes_moved += fetched
-        self.stats.bytes_fetched += fetched
-        self.stats.fetch_seconds += time.perf_counter() - began
+        self._note(int(missed.sum()), began)
         return values, done
 
     def _count(self, cache: RowCache, rows: Tensor, counts: Tensor) -> None:
-        with self._on_side():
-            cache.count(rows, counts)
+        try:
+            with self._on_side():
+                cache.count(rows, counts)
+        except Exception as failure:  # nobody waits for this: the next read tells it
+            self._failure = failure
+
+    def _load(self, rows: Tensor) -> Tensor:
+        """Records for the cache."""
+        began = time.perf_counter()
+        records = self._send(self.load(rows))
+        self._note(len(rows), began)
+        return records
+
+    def _note(self, n_rows: int, began: float) -> None:
+        self.stats.bytes_moved += n_rows * self.fmt.row_bytes
+        self.stats.bytes_fetched += n_rows * self.fmt.row_bytes
+        self.stats.fetch_seconds += time.perf_counter() - began
 
     def _on_side(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._side is None else torch.cuda.stream(self._side)
@@ -161,6 +177,8 @@ class ReadFromPinned:
         self._caches = cache_rows > 0
 
     def _load(self, rows: Tensor) -> Tensor:
+        """Records for the cache."""
+        self._read.bytes_moved += len(rows) * self.fmt.row_bytes
         return pick_rows(self.cache.records, torch.full_like(rows, -1), self.records, rows)
 
     def start(self, rows: Tensor) -> Callable[[], Tensor]:
@@ -239,8 +257,8 @@ class ReadFromPinned:
         """As of now; to know the hits, the host waits for the device."""
         with torch.cuda.stream(self._side):
             hits = int(self._hits)
-        moved = (self._read.lookups - hits) * self.fmt.row_bytes
-        return replace(self._read, hits=hits, bytes_moved=moved)
+        missed = (self._read.lookups - hits) * self.fmt.row_bytes
+        return replace(self._read, hits=hits, bytes_moved=self._read.bytes_moved + missed)
 
 
 def _to_host(x: Tensor) -> Tensor:

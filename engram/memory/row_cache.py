@@ -52,9 +52,9 @@ class RowCache:
         return torch.where(self.rows[place] == rows, place, -1)
 
     def count(self, rows: Tensor, counts: Tensor | None = None) -> None:
-        """Note reads of rows `[n]`, each `counts` times, or once; after enough of them, `refresh`."""
+        """Note reads of rows `[n]`, each `counts` times (on the CPU), or once; after enough reads, `refresh`."""
         self._seen.append((rows, torch.ones(len(rows), device=rows.device) if counts is None else counts.float()))
-        self._n_seen += len(rows)
+        self._n_seen += len(rows) if counts is None else int(counts.sum())
         if self._n_seen >= (max(self.capacity, PERIOD) if self._full else PERIOD):
             self.refresh()
 

@@ -388,6 +388,8 @@ def test_a_forked_process_reads_what_its_parent_has_read(place: str, cache_rows:
         assert moved.records.is_pinned()
 
 
+        assert table.stats().bytes_moved == table.stats().bytes_fetched == 2 * 16
+        table.reset_stats()
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_reads_of_the_hosts_memory_are_recorded_in_a_cuda_graph() -> None:

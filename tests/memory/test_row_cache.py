@@ -97,6 +97,58 @@ def test_a_row_read_once_is_not_worth_its_copy() -> None:
     assert loaded == [7]
 
 
+@pytest.mark.parametrize("width", [1, 10, 100])
+def test_hot_rows_are_chosen_once_in_so_many_lookups_however_they_repeat(width: int) -> None:
+    table = MemoryTable(30, 5).to_host(cache_rows=10)
+    rows = torch.arange(10).repeat(60).view(-1, width)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(row_cache, "PERIOD", 500)
+        for row in rows:
+            table(row)
+        table.reset_stats()
+        table(torch.arange(10))
+    assert table.stats().hits == 10
+
+
+def test_what_fills_the_cache_is_counted() -> None:
+    table = MemoryTable(30, 5).to_host(cache_rows=4)
+    load, loaded = table._load, []
+
+    def note(rows: Tensor) -> Tensor:
+        loaded.extend(rows.tolist())
+        return load(rows)
+
+    table._load = note  # type: ignore[method-assign]
+    with torch.no_grad():
+        for read in torch.randint(0, 30, (40, 6)):
+            table(read)
+    table.warm(torch.arange(3))  # when all those are counted
+    stats = table.stats()
+    assert stats.hits > 0
+    assert stats.bytes_moved == stats.bytes_fetched == len(loaded) * 20
+
+
+def test_a_cache_that_could_not_be_filled_says_so_at_the_next_read() -> None:
+    table, rows = MemoryTable(30, 5), torch.arange(8).repeat(2)
+    moved, calls = table.to_host(cache_rows=4), []
+    load = moved._load
+
+    def refuse_the_second(rows: Tensor) -> Tensor:
+        calls.append(rows)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return load(rows)
+
+    moved._load = refuse_the_second  # type: ignore[method-assign]
+    with torch.no_grad():
+        assert torch.equal(moved(rows), table(rows))
+        with pytest.raises(MemoryError, match="no room"):
+            moved(rows)
+        for _ in range(3):
+            assert torch.equal(moved(rows), table(rows))
+    assert moved.stats().hits > 0
+
+
 def test_a_cache_of_a_hundredth_of_the_rows_serves_most_reads_of_a_zipf_law() -> None:
     g = torch.Generator().manual_seed(0)
     weights = 1 / torch.arange(1, 20_001, dtype=torch.float64)
