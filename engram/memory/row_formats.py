@@ -6,6 +6,7 @@ used. Released tables are kept so in 8 bits, with one scale for the row or one f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -46,8 +47,8 @@ class FloatRows:
 class ScaledRows:
     """`width` codes of 8 bits and a float32 scale; values come out as `dtype`.
 
-    With s the scale, which is max|x| / 127 or / 448, an int8 value is off by s / 2 at most, one of fp8 (e4m3) by
-    |x| / 16 or s / 1024, whichever is more; then it is rounded to `dtype`.
+    With s the scale, which is max|x| / 127 or / 448, but 2**-126 at least, an int8 value is off by s / 2 at most, one
+    of fp8 (e4m3) by |x| / 16 or s / 1024, whichever is more; then it is rounded to `dtype`.
     """
 
     width: int
@@ -117,7 +118,8 @@ class BlockFloat8Rows:
 
     def encode(self, values: Tensor) -> Tensor:
         """Values `[..., width]` -> records `[..., row_bytes]`, uint8. Raises `ConfigError` unless all are finite."""
-        blocks = self._blocks(_finite(values))
+        # Above the largest number of four bits, codes would round up to infinity.
+        blocks = self._blocks(_finite(values).clamp(-self._largest, self._largest))
         scales = smallest_scales(blocks)
         codes = to_codes(blocks, scales).view(torch.uint8).flatten(-2)[..., : self.width]
         return torch.cat([codes, scales.view(torch.uint8)], dim=-1)
@@ -128,6 +130,12 @@ class BlockFloat8Rows:
         blocks = self._blocks(codes).view(torch.float8_e4m3fn)
         values = from_codes(blocks, scales.view(torch.float8_e8m0fnu))
         return values.flatten(-2)[..., : self.width].to(self.dtype)
+
+    @property
+    def _largest(self) -> float:
+        """The largest finite value, in `dtype` and float32, that has no more than the four bits of a code."""
+        _, exponent = math.frexp(min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max))
+        return math.ldexp(0b1111, exponent - 4)
 
     def _blocks(self, x: Tensor) -> Tensor:
         """`[..., width]` -> `[..., blocks, 32]`, the last one filled up with 0."""

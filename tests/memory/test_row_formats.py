@@ -93,6 +93,25 @@ def test_what_blocks_of_fp8_hold_comes_back_exactly(width: int, dtype: torch.dty
     assert torch.equal(fmt.decode(fmt.encode(found)).double(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, *TYPES])
+def test_blocks_of_fp8_hold_the_largest_numbers_of_a_type(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    values = torch.linspace(0.9 * largest, largest, 320, dtype=torch.float64).to(dtype).view(10, 32)
+    values[:, ::2] *= -1
+    fmt = row_format("fp8_block32", 32, dtype)
+    error = (fmt.decode(fmt.encode(values)).double() - values.double()).abs()
+    assert (error <= values.double().abs() / 16).all()
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("int8", 2), ("fp8", 1024)])
+def test_numbers_near_zero_are_off_by_a_step_of_the_least_scale(kind: RowKind, steps: int) -> None:
+    values = torch.linspace(-1e-36, 1e-36, 64).view(1, 64)
+    fmt = row_format(kind, 64, torch.float32)
+    error = (fmt.decode(fmt.encode(values)) - values).abs()
+    relative = values.abs() / 16 if kind == "fp8" else torch.zeros(())
+    assert (error <= torch.maximum(relative, torch.tensor(2.0**-126 / steps)) * 1.001 + 1e-44).all()
+
+
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_rows_of_zeros_stay_zeros(kind: RowKind) -> None:
     fmt = row_format(kind, 5, torch.float32)
