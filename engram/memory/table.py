@@ -93,6 +93,7 @@ class MemoryTable(nn.Module):
     def to_host(self, pinned: bool = True, cache_rows: int = 0, rows: RowKind = "float") -> HostTable:
         """A table that keeps these rows in the host's memory, those that lie there already without a copy.
 
+        Such rows are still this table's: if they change, the new table's do, but for those that its cache holds then.
         `pinned`: locked there for a CUDA device to read, if there is one. `cache_rows`: frequent rows to keep on the
         device where they are used. `rows`: as they are (`float`), or quantized (`int8`, `fp8`, `fp8_block32`).
         """
@@ -130,7 +131,7 @@ def tables_in(model: nn.Module) -> list[tuple[str, nn.Module, str, MemoryTable]]
     return [
         (".".join(filter(None, (prefix, attribute))), owner, attribute, child)
         for prefix, owner in model.named_modules()
-        for attribute, child in owner.named_children()
+        for attribute, child in owner._modules.items()  # `named_children` would give one with two names once
         if isinstance(child, MemoryTable)
     ]
 

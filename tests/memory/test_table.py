@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engram.config import ConfigError, MemoryConfig
 from engram.memory import Engram, MemoryTable
-from engram.memory.table import concatenated
+from engram.memory.table import concatenated, tables_in
 from engram.training.optim.row_adam import coalesced
 
 
@@ -160,3 +160,10 @@ def test_a_table_of_the_meta_device_takes_no_memory() -> None:
 def test_an_empty_table_is_refused(n_rows: int, width: int, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is .*: allowed is 1 or more"):
         MemoryTable(n_rows, width)
+
+
+def test_a_table_is_found_under_each_of_its_names() -> None:
+    table = MemoryTable(5, 2)
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": table, "c": table, "d": nn.Linear(2, 2)})})
+    assert [(name, attribute) for name, _, attribute, _ in tables_in(model)] == [("a.b", "b"), ("a.c", "c")]
+    assert all(owner is model["a"] and found is table for _, owner, _, found in tables_in(model))
