@@ -32,7 +32,8 @@ class ReadOnlyTable(MemoryTable):
     """Rows that are only read; they lie on the device, and move with the model.
 
     There are no parameters. The state dict has the records, as `weight` where rows are floats and as `records` where
-    they are quantized, and is not loaded back: make the table anew instead.
+    they are quantized: the rows themselves, not a copy. It can be loaded where its rows are those of the table; to
+    have others, make the table anew.
 
     Args:
         records: `[R, S]`, uint8.
@@ -88,6 +89,7 @@ class ReadOnlyTable(MemoryTable):
         """As `MemoryTable.to_host`; rows as in `read_only`."""
         from engram.memory.offloaded import HostTable
 
+        self._require_rows()
         fmt = self._format_for(rows)
         return HostTable(self._encoded(fmt, _CPU), fmt, cache_rows, pinned).requires_grad_(self.learns)
 
@@ -95,6 +97,7 @@ class ReadOnlyTable(MemoryTable):
         """As `MemoryTable.to_disk`; rows as in `read_only`."""
         from engram.memory.offloaded import DiskTable
 
+        self._require_rows()
         fmt = self._format_for(rows)
         write_rows(Path(path), self._parts(fmt), self.n_rows, fmt)
         return DiskTable(path, cache_rows).requires_grad_(self.learns)
@@ -108,6 +111,9 @@ class ReadOnlyTable(MemoryTable):
 
     def _values(self, rows: Tensor) -> Tensor:
         return self.format.decode(gather_rows(self.records, rows))
+
+    def _require_rows(self) -> None:
+        require(not self.records.is_meta, "device of the table", "meta", "one where it has rows: load or draw them")
 
     def _format_for(self, rows: RowKind) -> RowFormat:
         fmt = row_format(rows, self.width, self.dtype)
@@ -145,17 +151,45 @@ class ReadOnlyTable(MemoryTable):
         self._number = register(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.records = fn(self.records)  # of whole numbers, so that a change of type leaves them
+        # Of whole numbers, so that a change of type leaves them; but that of `type`, which is for all tensors.
+        if fn(self.records[:0]).dtype == self.records.dtype:
+            self.records = fn(self.records)
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _saved(self) -> tuple[str, Tensor]:
+        """What the state dict has, and under which name."""
         floats = isinstance(self.format, FloatRows)
-        name = "weight" if floats else "records"
-        destination[prefix + name] = self.records.view(self.dtype) if floats else self.records
+        return ("weight", self.records.view(self.dtype)) if floats else ("records", self.records)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        error_msgs: list[str] = rest[-1]
-        error_msgs.append(f"{prefix}weight: a read-only table takes no other rows")
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        name, rows = self._saved()
+        destination[prefix + name] = rows
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = prefix + self._saved()[0]
+        if strict:
+            missing_keys += [name] if name not in state_dict else []
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key != name]
+        if name in state_dict and not self._has(state_dict[name]):
+            error_msgs.append(f"{name}: a read-only table takes no other rows")
+
+    def _has(self, saved: Tensor) -> bool:
+        """Whether its rows are these, compared in parts that take little memory."""
+        _, ours = self._saved()
+        if saved.shape != ours.shape or saved.data_ptr() == ours.data_ptr():
+            return saved.shape == ours.shape
+        pairs = zip(ours.split(self._part), saved.split(self._part), strict=True)
+        # As bytes, for NaN is not equal to itself.
+        return all(torch.equal(a.view(torch.uint8), b.to(a).contiguous().view(torch.uint8)) for a, b in pairs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = type(self).__new__(type(self))

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from engram import ConfigError
+from engram.inference import offload
 from engram.interop import attach, load_adapter
 
 COMPRESSED = dataclasses.replace(MEMORY, compress=True)
@@ -132,3 +133,16 @@ def test_weights_are_restored_in_a_memory_like_theirs_alone(folder: Path) -> Non
     other = attach(host(), LAYERS, dataclasses.replace(COMPRESSED, seed=5), tokenizer=words_tokenizer())
     with pytest.raises(ConfigError, match=r"memory\.seed is 5"):
         other.restore(folder)
+
+
+def test_weights_are_restored_around_rows_elsewhere_that_are_the_same(folder: Path) -> None:
+    memory = load_adapter(host(), folder, tokenizer=words_tokenizer())
+    saved = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    offload(memory, "host")
+    with torch.no_grad():
+        memory.memory["0"].project.weight.zero_()
+        memory.restore(folder)
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in memory.state_dict().items())
+        memory.memory["0"].table.records[0] = 0
+    with pytest.raises(ConfigError, match=r"memory\.0\.table\.weight: a read-only table takes no other rows"):
+        memory.restore(folder)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engram.config import ConfigError
-from engram.memory import DiskTable, MemoryTable, OffloadedTable
+from engram.memory import DiskTable, MemoryTable, OffloadedTable, read_only
 from engram.memory.offloaded import HostTable
 from engram.memory.reading import MANY_ROWS
 from engram.memory.row_formats import RowKind
@@ -123,13 +123,64 @@ def test_copies_share_their_rows_and_pickles_open_their_file(tmp_path: Path) -> 
         assert len(data) < 30 * 4 * 4 + 2000
 
 
-def test_state_dicts_hold_the_rows_and_cannot_be_loaded_over_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dicts_hold_the_rows_and_load_where_rows_are_the_same(
+    kind: RowKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_only, "_PART", 28)  # 7 rows at a time
     table = MemoryTable(30, 4)
-    for moved in (table.to_host(), table.to_disk(tmp_path / "table")):
-        assert torch.equal(moved.state_dict()["weight"], table.weight)
+    with torch.no_grad():
+        table.weight[3, 1] = -0.0
+        if kind == "float":
+            table.weight[4, 2] = torch.nan
+    tables = (table.read_only(kind), table.to_host(rows=kind), table.to_disk(tmp_path / "table", rows=kind))
+    for moved in tables:
+        name, rows = next(iter(moved.state_dict().items()))
+        assert name == ("weight" if kind == "float" else "records")
+        moved.load_state_dict(moved.state_dict())
+        moved.load_state_dict({name: rows.clone()})
+        for row in (0, 29):
+            others = rows.clone()
+            others[row] = 1
+            with pytest.raises(RuntimeError, match=f"{name}: a read-only table takes no other rows"):
+                moved.load_state_dict({name: others}, strict=False)
         with pytest.raises(RuntimeError, match="read-only"):
-            moved.load_state_dict(table.state_dict())
-    assert list(table.read_only("int8").state_dict()) == ["records"]
+            moved.load_state_dict({name: rows[:-1]})
+
+
+def test_a_model_with_tables_elsewhere_loads_as_others_do(tmp_path: Path) -> None:
+    table, linear = MemoryTable(30, 4), nn.Linear(2, 2)
+    model = nn.ModuleDict({"table": table.to_disk(tmp_path / "table"), "linear": linear})
+    whole = nn.ModuleDict({"table": table, "linear": nn.Linear(2, 2)}).state_dict()
+    model.load_state_dict(whole)
+    assert torch.equal(linear.weight, whole["linear.weight"])
+    without = {name: tensor for name, tensor in whole.items() if "table" not in name}
+    assert model.load_state_dict(without, strict=False).missing_keys == ["table.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"table\.weight"'):
+        model.load_state_dict(without)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"table\.records"'):
+        model.load_state_dict(whole | {"table.records": torch.zeros(3)})
+
+
+def test_records_stay_bytes_whatever_type_the_model_is_made_of() -> None:
+    table, rows = MemoryTable(30, 4), torch.randint(0, 30, (1, 2, 3))
+    for kind in KINDS:
+        moved = table.read_only(kind).requires_grad_(False)
+        expected = moved(rows)
+        for change in (nn.Module.double, nn.Module.half, lambda model: model.type(torch.float64)):
+            change(nn.ModuleDict({"table": moved}))
+            assert torch.equal(moved(rows), expected)
+        assert moved.to("meta").records.is_meta
+
+
+def test_a_table_that_has_no_rows_yet_cannot_be_moved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        table = MemoryTable(30, 4)
+    with pytest.raises(ConfigError, match="device of the table is 'meta'"):
+        table.to_host()
+    with pytest.raises(ConfigError, match="device of the table is 'meta'"):
+        table.to_disk(tmp_path / "table", rows="int8")
+    assert not list(tmp_path.iterdir())
 
 
 # Files.
@@ -273,6 +324,32 @@ def test_processes_share_what_is_in_memory_of_a_file(tmp_path: Path) -> None:
             process.join()
 
 
+def read_and_tell(table: OffloadedTable, rows: Tensor, results: "multiprocessing.Queue[tuple[object, int]]") -> None:
+    with torch.no_grad():
+        values = table(rows)
+    results.put((values.tolist(), table.stats().lookups))
+
+
+@pytest.mark.parametrize(("place", "cache_rows"), [("disk", 0), ("disk", 5), ("host", 5)])
+def test_a_forked_process_reads_what_its_parent_has_read(place: str, cache_rows: int, tmp_path: Path) -> None:
+    table, rows = MemoryTable(300, 8), torch.tensor([3, 3, 299])
+    moved = elsewhere(table, place, tmp_path, cache_rows)
+    with torch.no_grad():
+        moved(rows)
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[tuple[object, int]] = context.Queue()
+    child = context.Process(target=read_and_tell, args=(moved, rows, results))
+    child.start()
+    try:
+        assert results.get(timeout=20) == (table.weight[rows].tolist(), 3)
+    finally:
+        child.kill()
+        child.join()
+    with torch.no_grad():
+        moved(rows)
+    assert moved.stats().lookups == 6
+
+
 # Fetching ahead.
 
 
@@ -283,6 +360,8 @@ def test_what_is_read_is_counted(tmp_path: Path) -> None:
         assert (table.stats().lookups, table.stats().hits, table.stats().bytes_moved) == (4, 0, 3 * 16)
         table.reset_stats()
         table.warm(torch.tensor([2, 2, 3, 3, 4]))
+        assert table.stats().bytes_moved == table.stats().bytes_fetched == 2 * 16
+        table.reset_stats()
         table(torch.tensor([[[1, 2, 2, 3]]]))
     stats = table.stats()
     assert (stats.lookups, stats.hits, stats.hit_rate, stats.bytes_moved) == (4, 3, 0.75, 16)
@@ -359,37 +438,9 @@ def test_rows_come_to_a_cuda_device_while_it_computes(
     if place == "host":
         assert isinstance(moved, HostTable)
         assert moved._pinned is not None
-def read_and_tell(table: OffloadedTable, rows: Tensor, results: "multiprocessing.Queue[tuple[object, int]]") -> None:
-    with torch.no_grad():
-        values = table(rows)
-    results.put((values.tolist(), table.stats().lookups))
-
-
-@pytest.mark.parametrize(("place", "cache_rows"), [("disk", 0), ("disk", 5), ("host", 5)])
-def test_a_forked_process_reads_what_its_parent_has_read(place: str, cache_rows: int, tmp_path: Path) -> None:
-    table, rows = MemoryTable(300, 8), torch.tensor([3, 3, 299])
-    moved = elsewhere(table, place, tmp_path, cache_rows)
-    with torch.no_grad():
-        moved(rows)
-    context = multiprocessing.get_context("fork")
-    results: multiprocessing.Queue[tuple[object, int]] = context.Queue()
-    child = context.Process(target=read_and_tell, args=(moved, rows, results))
-    child.start()
-    try:
-        assert results.get(timeout=20) == (table.weight[rows].tolist(), 3)
-    finally:
-        child.kill()
-        child.join()
-    with torch.no_grad():
-        moved(rows)
-    assert moved.stats().lookups == 6
-
-
         assert moved.records.is_pinned()
 
 
-        assert table.stats().bytes_moved == table.stats().bytes_fetched == 2 * 16
-        table.reset_stats()
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_reads_of_the_hosts_memory_are_recorded_in_a_cuda_graph() -> None:
