@@ -138,11 +138,12 @@ class DiskTable(OffloadedTable):
         name: of the table in the file.
 
     Raises:
-        ConfigError: a file that is none, is cut short, or holds no such table.
+        ConfigError: a file that is none, is cut short, or holds no such table; when a pickle is loaded, of which the
+            file is a part, also one that holds a table of another size or format now.
     """
 
     def __init__(self, path: str | Path, cache_rows: int = 0, name: str = "weight") -> None:
-        self.path, self.name = Path(path), name
+        self.path, self.name = Path(path).absolute(), name
         super().__init__(*map_rows(self.path, name), cache_rows)
 
     def extra_repr(self) -> str:
@@ -152,11 +153,14 @@ class DiskTable(OffloadedTable):
         return gather_mapped(self.records, rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"records": None}
+        return super().__getstate__() | {"records": self.records.to("meta")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if state["records"] is None:
-            state = state | {"records": map_rows(state["path"], state["name"]).records}
+        if state["records"].is_meta:
+            there = map_rows(state["path"], state["name"])
+            then, now = (state["records"].shape, state["format"]), (there.records.shape, there.format)
+            require(now == then, f"{state['name']} in {str(state['path'])!r}", now, f"{then}, as it was when pickled")
+            state = state | {"records": there.records}
         super().__setstate__(state)
 
 

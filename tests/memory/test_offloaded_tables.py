@@ -123,6 +123,34 @@ def test_copies_share_their_rows_and_pickles_open_their_file(tmp_path: Path) -> 
         assert len(data) < 30 * 4 * 4 + 2000
 
 
+def test_a_pickle_finds_its_file_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, rows = MemoryTable(30, 4), torch.arange(30)
+    monkeypatch.chdir(tmp_path)
+    data = pickle.dumps(table.to_disk("table"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(data)(rows), table.weight)
+
+
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [
+        (MemoryTable(31, 4), "float"),
+        (MemoryTable(30, 5), "float"),
+        (MemoryTable(30, 8, torch.bfloat16), "float"),
+        (MemoryTable(30, 12), "int8"),
+    ],
+)
+def test_a_pickle_of_what_its_file_held_before_is_refused(other: MemoryTable, kind: RowKind, tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    data = pickle.dumps(MemoryTable(30, 4).to_disk(path))
+    path.unlink()
+    other.to_disk(path, rows=kind)
+    with pytest.raises(ConfigError, match=rf"{path}.*allowed is .*\[30, 16\]"):
+        pickle.loads(data)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_dicts_hold_the_rows_and_load_where_rows_are_the_same(
     kind: RowKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
