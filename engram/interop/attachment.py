@@ -102,7 +102,7 @@ class Attachment(nn.Module):
         super().requires_grad_(requires_grad)
         if self.config.kind == "frozen_random":
             for layer in self._layers().values():
-                layer.table.weight.requires_grad_(False)
+                layer.table.requires_grad_(False)
         return self
 
     def _layers(self) -> dict[str, Engram]:

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from engram.config import require
 from engram.interop.attachment import Attachment
 from engram.interop.causal_lm import EngramForCausalLM
-from engram.memory import MemoryTable
+from engram.memory import MemoryTable, ReadOnlyTable
 from engram.training.optim import RowAdam, Together, clip_gradients
 
 FOLDER = "engram"  # of the memory, in a checkpoint's
@@ -37,7 +37,8 @@ def build_optimizer(
     Tables get `lr * table_lr_factor`; `weight_decay` goes to what has two dimensions or more, tables excepted. Raises
     `ConfigError` where nothing is trainable.
     """
-    tables = [m.weight for m in model.modules() if isinstance(m, MemoryTable) and m.weight.requires_grad]
+    found = [m for m in model.modules() if isinstance(m, MemoryTable) and not isinstance(m, ReadOnlyTable)]
+    tables = [table.weight for table in found if table.weight.requires_grad]
     held = set(tables)
     rest = [p for p in model.parameters() if p.requires_grad and p not in held]
     require(

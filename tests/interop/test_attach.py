@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from engram import ConfigError, TokenCompressor
+from engram.inference import offload, offloaded_tables
 from engram.interop import Attachment, attach
 
 
@@ -186,6 +187,11 @@ def test_rows_that_never_learn_stay_frozen_when_all_is_to_learn() -> None:
     assert attachment.memory["0"].table.weight.std() > 0  # they are what there is to read
     learns = {name for name, p in attachment.requires_grad_().named_parameters() if p.requires_grad}
     assert learns == {name for name, _ in attachment.named_parameters() if "table" not in name}
+    offload(model, "host")
+    for table in offloaded_tables(model).values():
+        table.requires_grad_(True)
+    assert {name for name, p in attachment.requires_grad_().named_parameters() if p.requires_grad} == learns
+    assert model(ids).logits.requires_grad
 
 
 def test_a_compiled_model_is_one_graph_with_the_same_logits_and_gradients() -> None:

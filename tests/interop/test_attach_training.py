@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from engram import ConfigError
+from engram.inference import offload, offloaded_tables
 from engram.interop import Attachment, attach, load_adapter
 from engram.interop.trainer import MemoryTrainer, build_optimizer
 from engram.training.optim import RowAdam
@@ -147,6 +148,24 @@ def test_the_best_checkpoints_memory_is_loaded_at_the_end(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["best_global_step"] == 2
     best = load_file(tmp_path / "checkpoint-2" / "engram" / "engram.safetensors")
     assert all(torch.equal(tensor, best[name]) for name, tensor in model.engram.state_dict().items())
+
+
+def test_all_else_is_trained_and_resumed_around_frozen_rows_elsewhere(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    models = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = small_host()
+        offload(attached(model), "disk", folder=tmp_path / "tables")
+        for table in offloaded_tables(model).values():
+            table.requires_grad_(False)
+        was = {name: tensor.clone() for name, tensor in model.engram.state_dict().items()}
+        trainer = MemoryTrainer(model=model, args=settings(tmp_path, **options), train_dataset=text())
+        trainer.train(resume_from_checkpoint=resume)
+        learnt = {name for name, tensor in model.engram.state_dict().items() if not torch.equal(tensor, was[name])}
+        assert learnt == {name for name, _ in model.engram.named_parameters()}
+        models.append(model)
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(models[1].state_dict()[name], tensor), name
 
 
 def test_a_trainer_without_memory_is_refused(tmp_path: Path) -> None:
