@@ -88,14 +88,18 @@ def create(path: Path, shapes: Shapes, metadata: dict[str, str]) -> dict[str, Te
 def map_tensors(path: Path, header: Header) -> dict[str, Tensor]:
     """A file's tensors. They are its own pages, read when they are first looked at; a page that is written to becomes
     this process's own, and the file stays as it is. The file must not be changed in its place meanwhile."""
+    mapped = map_file(path)
+    return {name: _tensor_at(mapped, entry) for name, entry in header.entries.items()}
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file's pages, read when they are first looked at; one that is written to becomes this process's own."""
     with path.open("rb") as file:
         if sys.platform == "linux":
             # Not to reserve memory for the case that every page is written to: tables may be larger than memory is.
             flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            mapped = mmap.mmap(file.fileno(), 0, flags, access)
-        else:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return {name: _tensor_at(mapped, entry) for name, entry in header.entries.items()}
+            return mmap.mmap(file.fileno(), 0, flags, access)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _tensor_at(mapped: mmap.mmap, at: Entry) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +18,14 @@ from torch import Tensor
 
 from engram.config import ConfigError, require
 from engram.memory.row_formats import FloatRows, RowFormat, row_format
-from engram.tensor_files import Header, read_header
+from engram.tensor_files import Header, map_file, read_header
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PAGE = 4096
 
 
 class RowFile(NamedTuple):
-    """Records `[R, S]` (uint8) that lie in a file and must not be written to, and their format."""
+    """Records `[R, S]` (uint8) that lie in a file, and their format. What is written to them stays in this process."""
 
     records: Tensor
     format: RowFormat
@@ -86,13 +85,11 @@ def map_rows(path: Path, name: str = "weight") -> RowFile:
         raise ConfigError(f"{str(path)!r}: {name!r} is no table of rows: {entry}") from error
     n_bytes = width * entry.dtype.itemsize
     require(n_bytes == fmt.row_bytes, f"bytes in a row of {name} of {str(path)!r}", n_bytes, f"{fmt.row_bytes}")
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), entry.end, mmap.MAP_SHARED, mmap.PROT_READ)
+    require(entry.end > entry.start, f"size of {name} in {str(path)!r}", list(entry.shape), "a row or more")
+    mapped = map_file(path)
     # Or the system would read 128 KB around each row.
     mapped.madvise(mmap.MADV_RANDOM)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
+    flat = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
     return RowFile(flat.view(n_rows, fmt.row_bytes), fmt)
 
 

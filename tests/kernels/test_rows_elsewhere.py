@@ -66,7 +66,7 @@ def test_rows_of_a_mapped_file_are_its_lines_in_memory_or_not(n: int, cold: bool
         os.fsync(file.fileno())
         if cold:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     records = torch.frombuffer(mapped, dtype=torch.uint8).view(20_000, 96)
     rows = torch.randint(0, 20_000, (n,)).sort().values
     assert torch.equal(gather_mapped(records, rows), table[rows])

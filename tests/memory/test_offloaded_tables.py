@@ -3,6 +3,7 @@
 import copy
 import json
 import multiprocessing
+import os
 import pickle
 import threading
 import time
@@ -176,6 +177,19 @@ def test_state_dicts_hold_the_rows_and_load_where_rows_are_the_same(
             moved.load_state_dict({name: rows[:-1]})
 
 
+def test_what_is_written_to_a_state_dict_does_not_reach_the_file(tmp_path: Path) -> None:
+    table = MemoryTable(3000, 8)
+    moved, other = table.to_disk(tmp_path / "table"), DiskTable(tmp_path / "table")
+    was = (tmp_path / "table").read_bytes()
+    child = os.fork()
+    if child == 0:  # a write that is refused would end the process
+        moved.state_dict()["weight"].zero_()
+        os._exit(int(moved.records.any()))
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "table").read_bytes() == was
+    assert torch.equal(other.records, moved.records)
+
+
 def test_a_model_with_tables_elsewhere_loads_as_others_do(tmp_path: Path) -> None:
     table, linear = MemoryTable(30, 4), nn.Linear(2, 2)
     model = nn.ModuleDict({"table": table.to_disk(tmp_path / "table"), "linear": linear})
@@ -234,6 +248,9 @@ def test_a_table_among_other_tensors_is_read_where_it_lies(tmp_path: Path) -> No
         DiskTable(tmp_path / "model.safetensors", name="b")
     with pytest.raises(ConfigError, match="z"):
         DiskTable(tmp_path / "model.safetensors", name="z")
+    save_file({"nothing": torch.empty(0, 5)}, tmp_path / "empty")
+    with pytest.raises(ConfigError, match=r"size of nothing .*\[0, 5\]"):
+        DiskTable(tmp_path / "empty", name="nothing")
 
 
 def test_a_table_is_replaced_by_its_like_alone(tmp_path: Path) -> None:
