@@ -179,7 +179,7 @@ class Pinned:
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
-        if memory.is_pinned():
+        if memory[:1].is_pinned() and memory[-1:].is_pinned():  # torch looks at the first byte alone
             return
         # Registered where it lies: torch's own pinned memory comes in powers of two, up to twice what is asked for.
         cuda, address, size = torch.cuda.cudart(), memory.data_ptr(), memory.numel()

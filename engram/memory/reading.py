@@ -158,9 +158,10 @@ class ReadByThread:
 class ReadFromPinned:
     """The device reads few rows of the host's pinned memory itself, on a stream beside the one that computes.
 
-    The host waits for nothing then: hashing, cache and copy are queued like all else, or recorded in a graph. Of
-    MANY_ROWS and more, those that the cache lacks are gathered by a thread of the host, into pinned memory that is
-    copied to the device as a whole. Arguments as for `ReadByThread`, but the records themselves for what loads them.
+    The host waits for nothing then: hashing, cache and copy are queued like all else. They are recorded in a graph
+    without the cache, whose place changes while it learns. Of MANY_ROWS and more, those that the cache lacks are
+    gathered by a thread of the host, into pinned memory that is copied to the device as a whole. Arguments as for
+    `ReadByThread`, but the records themselves for what loads them.
     """
 
     def __init__(self, records: Tensor, fmt: RowFormat, cache_rows: int, device: torch.device) -> None:
@@ -184,9 +185,10 @@ class ReadFromPinned:
     def start(self, rows: Tensor) -> Callable[[], Tensor]:
         """As `ReadByThread.start`."""
         self._side.wait_stream(torch.cuda.current_stream(rows.device))
-        many = rows.numel() >= MANY_ROWS and not torch.cuda.is_current_stream_capturing()
+        recorded = torch.cuda.is_current_stream_capturing()
+        many = rows.numel() >= MANY_ROWS and not recorded
         with torch.cuda.stream(self._side):
-            slots = self.cache.find(rows) if self._caches else None
+            slots = self.cache.find(rows) if self._caches and not recorded else None
             if many:
                 on_host = _to_host(rows), None if slots is None else _to_host(slots)
                 known = self._side.record_event()

@@ -488,14 +488,18 @@ def test_rows_come_to_a_cuda_device_while_it_computes(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_reads_of_the_hosts_memory_are_recorded_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("cache_rows", [0, 20])
+def test_reads_of_the_hosts_memory_are_recorded_in_a_cuda_graph(cache_rows: int) -> None:
+    """Also beside a cache that changes its place after that."""
     table, rows = MemoryTable(300, 8), torch.zeros(2, 5, 4, dtype=torch.int64, device="cuda")
-    moved, graph = table.to_host(), torch.cuda.CUDAGraph()
+    moved, graph = table.to_host(cache_rows=cache_rows), torch.cuda.CUDAGraph()
     with torch.no_grad():
         moved(rows)  # compiles the kernel
         with torch.cuda.graph(graph):
             values = moved.start(rows)()
-        for _ in range(3):
+        for first in (0, 100, 200):
+            if cache_rows:
+                moved.warm(torch.arange(first, first + 20, device="cuda"))
             rows.copy_(torch.randint(0, 300, rows.shape))
             graph.replay()
             assert torch.equal(values.cpu(), table(rows.cpu()))
