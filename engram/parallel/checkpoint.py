@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import queue
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -29,10 +27,11 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.optim import Optimizer
 
 from engram.config import ConfigError
+from engram.parallel.contents import CONTENTS, SafeReader
 from engram.parallel.state import Owned, Piece, entries, optimizer_state, parameters_of
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
-_RUN, _CONTENTS, _SUFFIX, _REPLACED = "run.pt", ".metadata", ".distcp", ".replaced"
+_RUN, _SUFFIX, _REPLACED = "run.pt", ".distcp", ".replaced"
 _FILE_BYTES = 2**29
 
 
@@ -285,35 +284,7 @@ def _named(folder: Path) -> Path:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint, and whole."""
-    return all((folder / name).is_file() for name in (_RUN, _CONTENTS))
-
-
-class SafeReader(FileSystemReader):
-    """A reader for checkpoints from anywhere: in their table of contents, which is pickled, it allows only what such a
-    table is made of."""
-
-    _contents: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The table of contents. Raises `pickle.UnpicklingError` if it names anything else."""
-        if self._contents is None:
-            with (Path(self.path) / _CONTENTS).open("rb") as file:
-                self._contents = _Unpickler(file).load()
-        assert self._contents is not None
-        return self._contents
-
-
-class _Unpickler(pickle.Unpickler):
-    _NAMES = re.compile(
-        r"torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)|torch\.(Size|storage\._get_\w+)"
-        r"|torch\.serialization\._get_layout|torch\.(b?float\d+|u?int\d+|bool)|collections\.OrderedDict"
-        r"|pathlib\.\w*Path"
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if not self._NAMES.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"its table of contents names {module}.{name}")
-        return super().find_class(module, name)
+    return all((folder / name).is_file() for name in (_RUN, CONTENTS))
 
 
 def _is_spread() -> bool:

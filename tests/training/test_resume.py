@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -17,9 +17,14 @@ import torch
 import yaml
 from small_run import Run
 from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, MetadataIndex
+from torch.serialization import _get_layout
 
 from engram.config import ConfigError
-from engram.parallel.checkpoint import CheckpointWriter, last_checkpoint, load, read_run
+from engram.memory import MemoryTable
+from engram.parallel.checkpoint import CheckpointWriter, last_checkpoint, load, open_checkpoint, read_run
 from engram.training.module import LitEngramLM
 from engram.training.tokenizer import train_bpe
 
@@ -265,6 +270,95 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="step-1' cannot be read"):
         load(tmp_path / "step-1", model)
     assert not (tmp_path / "sprung").exists()
+
+
+METADATA, STORAGE_INFO = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def build(target: bytes, attribute: str, value: bytes, slots: bool) -> bytes:
+    """A pickle's instructions that give the object of `target` an attribute, the second way by `setattr`."""
+    state = b"}" + text(attribute) + value + b"s"
+    return target + (b"N" + state + b"\x86" if slots else state) + b"b"
+
+
+def test_a_table_of_contents_cannot_have_a_dataclass_run_the_names_of_its_fields(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    CheckpointWriter().save(tmp_path / "step-1", model, [], {})
+    code = f"x=__import__('os').mkdir({str(tmp_path / 'sprung')!r}), *"
+    field = named(METADATA, "field") + b")R"
+    for setting in ("init", "repr", "compare"):
+        field = build(field, setting, b"\x89", True)
+    with_type = build(named(METADATA, "StorageMeta"), "__annotations__", b"}" + text(code) + text("int") + b"s", True)
+    made = named(METADATA, "dataclass") + build(with_type, code, field, True) + b"\x85R"
+    (tmp_path / "step-1" / ".metadata").write_bytes(b"\x80\x02" + made + b".")
+    with pytest.raises(ConfigError, match="step-1' cannot be read"):
+        load(tmp_path / "step-1", model)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_an_entry_that_is_no_tensor_is_not_unpickled(tmp_path: Path) -> None:
+    folder, model = tmp_path / "step-1", nn.Linear(2, 2)
+    CheckpointWriter().save(folder, model, [], {})
+    torch.save(Trap(tmp_path / "sprung"), folder / "trap.distcp")
+    contents = pickle.loads((folder / ".metadata").read_bytes())
+    contents.state_dict_metadata["model.weight"] = BytesStorageMetadata()
+    size = (folder / "trap.distcp").stat().st_size
+    contents.storage_data[MetadataIndex("model.weight")] = _StorageInfo("trap.distcp", 0, size)
+    (folder / ".metadata").write_bytes(pickle.dumps(contents))
+    with pytest.raises(ConfigError, match="step-1' cannot be read"):
+        load(folder, model)
+    assert not (tmp_path / "sprung").exists()
+
+
+SHARED = {
+    (STORAGE_INFO, "_StorageInfo"): _StorageInfo,
+    ("pathlib", "Path"): Path,
+    ("pathlib", "PosixPath"): PosixPath,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,
+} | {(METADATA, name): value for name, value in vars(metadata).items() if isinstance(value, type)}
+
+
+@pytest.mark.parametrize("slots", [False, True])
+@pytest.mark.parametrize("called", [False, True])
+def test_a_table_of_contents_changes_nothing_that_other_code_uses(tmp_path: Path, slots: bool, called: bool) -> None:
+    model = nn.Linear(2, 2)
+    CheckpointWriter().save(tmp_path / "step-1", model, [], {})
+    members = list(_MEM_FORMAT_ENCODING)
+    before = [dict(vars(value)) for value in (*SHARED.values(), *members)]
+    for module, name in SHARED:
+        target = named(module, name)
+        if called:
+            target += (b"K\x00" if name == "_MEM_FORMAT_ENCODING" else text("torch.strided")) + b"\x85R"
+        for attribute in ("__setstate__", "exists", "_value_"):
+            changed = build(target, attribute, named(METADATA, "Metadata"), slots)
+            (tmp_path / "step-1" / ".metadata").write_bytes(b"\x80\x02" + changed + b".")
+            with pytest.raises(ConfigError, match="step-1' cannot be read"):
+                load(tmp_path / "step-1", model)
+    assert [dict(vars(value)) for value in (*SHARED.values(), *members)] == before
+
+
+@pytest.mark.parametrize("pathlib", [b"pathlib", b"pathlib._local"])  # before Python 3.13, and since
+def test_a_table_of_contents_says_what_torch_wrote(tmp_path: Path, pathlib: bytes) -> None:
+    model = nn.ModuleDict({"dense": nn.Linear(2, 3, dtype=torch.bfloat16), "table": MemoryTable(1000, 8)})
+    CheckpointWriter().save(tmp_path / "step-1", model, [], {})
+    path = tmp_path / "step-1" / ".metadata"
+    written = pickle.loads(path.read_bytes())
+    path.write_bytes(re.sub(rb"cpathlib[._a-z]*\n", b"c" + pathlib + b"\n", pickle.dumps(written, 2)))
+    reader, saved = open_checkpoint(tmp_path / "step-1")
+    assert reader.read_metadata().storage_data == written.storage_data
+    assert saved.keys() == written.state_dict_metadata.keys()
+    for name, entry in written.state_dict_metadata.items():
+        assert (saved[name].size, saved[name].chunks) == (entry.size, entry.chunks)
+        assert saved[name].properties.dtype == entry.properties.dtype
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
