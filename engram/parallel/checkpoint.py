@@ -73,7 +73,7 @@ class CheckpointWriter:
         When that is done all other checkpoints beside it are removed. What an asynchronous save could not
         do, the next call or `wait` tells.
 
-        Raises `ConfigError` naming the folder when the disk refuses.
+        Raises `ConfigError` naming the folder when the disk refuses, and naming a table that is read-only.
         """
         self.wait()
         writer = _WholeFolderWriter(folder, {**run, "optimizers": _without_tensors(model, optimizers)})
@@ -106,7 +106,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def load(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
     """Load a checkpoint into a model and its optimisers, in place; every process calls this.
 
-    Raises `ConfigError` naming the folder if it can't be read, or is of another model.
+    Raises `ConfigError` naming the folder if it can't be read, or is of another model, or if a table is read-only.
     """
     run = read_run(folder)
     with named_errors(folder, "read"):
@@ -124,7 +124,7 @@ def open_checkpoint(folder: Path) -> tuple[SafeReader, dict[str, Any]]:
 def fill(wanted: dict[str, Tensor], saved: dict[str, Any], reader: SafeReader, no_dist: bool = True) -> None:
     """Fill tensors from a checkpoint, by the names of its entries; pieces of tables may be other pieces there.
 
-    Raises `ConfigError` if it lacks one.
+    Raises `ConfigError` if it lacks one, or a row of one.
     """
     missing = [name for name in wanted if Piece.parse(name) is None and name not in saved]
     if missing:
@@ -168,8 +168,12 @@ def _state_like(owned: Owned, described: TensorStorageMetadata) -> Any:
 
 
 def _fill_other_rows(wanted: dict[str, Tensor], saved: dict[str, Any], reader: FileSystemReader) -> None:
-    """Fill pieces of tables that were saved in other pieces, by another number of processes."""
+    """Fill pieces of tables that were saved in other pieces, by another number of processes.
+
+    Raises `ConfigError` if rows are in none of these.
+    """
     pieces = {name: piece for name in wanted if (piece := Piece.parse(name)) is not None}
+    missing = {name: len(wanted[name]) for name in pieces}
     for entry, described in saved.items():
         there = Piece.parse(entry)
         if there is None:
@@ -188,6 +192,10 @@ def _fill_other_rows(wanted: dict[str, Tensor], saved: dict[str, Any], reader: F
                 at = past.div(piece.stride, rounding_mode="floor") - piece.start
                 mine = (past % piece.stride == 0) & (at >= 0) & (at < len(wanted[name]))
                 wanted[name][at[mine]] = values[mine].to(wanted[name].device)
+                missing[name] -= int(mine.sum())
+    for name, count in missing.items():
+        if count > 0:
+            raise ConfigError(f"it lacks {count} rows of {pieces[name].name} from row {pieces[name].rows(1)[0]} on")
 
 
 def _without_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from engram.memory import MemoryTable
+from engram.config import require
+from engram.memory import MemoryTable, ReadOnlyTable
 from engram.parallel.experts import ShardedExperts
 from engram.parallel.table import ShardedTable
 
@@ -61,8 +62,17 @@ class Owned(NamedTuple):
 
 
 def parameters_of(model: nn.Module) -> dict[str, Owned]:
-    """The parameters of a model by name, as their optimisers know them."""
-    for module in model.modules():
+    """The parameters of a model by name, as their optimisers know them.
+
+    Raises `ConfigError` for a read-only table, of whose rows a checkpoint would know nothing.
+    """
+    for name, module in model.named_modules():
+        require(
+            not isinstance(module, ReadOnlyTable),
+            name,
+            type(module).__name__,
+            "a MemoryTable in a checkpoint: offload or quantize after loading, write such a model by save_model",
+        )
         if isinstance(module, FSDPModule):
             module.reshard()  # a root keeps whole parameters after a forward pass that no backward pass follows
     return {
@@ -78,7 +88,10 @@ def optimizer_state(parameter: Tensor, optimizers: Sequence[Optimizer]) -> dict[
 
 
 def entries(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """All tensors of a model, `model.NAME`, and its optimisers, `optimizer.NAME.KEY`, which share their memory."""
+    """All tensors of a model, `model.NAME`, and its optimisers, `optimizer.NAME.KEY`, which share their memory.
+
+    Raises as `parameters_of`.
+    """
     result = {f"model.{name}": value for name, value in _persistent_buffers(model)}
     for name, owned in parameters_of(model).items():
         states = {f"optimizer.{name}.{key}": v for key, v in optimizer_state(owned.value, optimizers).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from world import World
 
 from engram.config import ConfigError
+from engram.inference import offload
+from engram.parallel import state
 from engram.parallel.checkpoint import CheckpointWriter, checkpoint_folder, checkpoints_in, last_checkpoint, load
 from engram.parallel.consolidate import INDEX, WEIGHTS, consolidate
 
@@ -132,6 +135,38 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
             continue
         with pytest.raises(ConfigError, match=r"step-00000004' cannot be read: "):
             load(folder, other, optimizer.optimizers)
+
+
+@pytest.mark.parametrize("lost", ["from-50", "from-"])  # ten rows, and all
+def test_a_checkpoint_that_lacks_rows_of_a_table_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    folder, model = tmp_path / "step-00000004", build()
+    monkeypatch.setattr(state, "_PIECE_BYTES", 10 * 4 * 4)  # ten rows
+    CheckpointWriter().save(folder, model, [], {})
+    load(folder, model)
+    contents = pickle.loads((folder / ".metadata").read_bytes())
+    saved = contents.state_dict_metadata
+    names = [name for name in saved if name.startswith("model.memory.1.table.weight/") and lost in name]
+    n_rows = sum(saved.pop(name).size[0] for name in names)
+    (folder / ".metadata").write_bytes(pickle.dumps(contents))
+    assert n_rows == (10 if lost == "from-50" else len(model.memory["1"].table.weight))
+    with pytest.raises(ConfigError, match=r"cannot be read: it lacks .* of model\.memory\.1\.table\.weight"):
+        load(folder, model)
+
+
+def test_a_checkpoint_of_a_model_whose_tables_are_read_only_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
+    model, other = build(), build()
+    writer, folder = CheckpointWriter(), tmp_path / "step-00000004"
+    writer.save(folder, model, [], {"seen": 4})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for table in offload(other, "host").values():
+        table.requires_grad_(False)
+    for attempt in (lambda: writer.save(tmp_path / "step-00000008", other, [], {}), lambda: load(folder, other)):
+        with pytest.raises(ConfigError, match=r"memory\.0\.table is 'HostTable': .* load.* save_model"):
+            attempt()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_new_checkpoint_takes_the_place_of_the_old(tmp_path: Path) -> None:
