@@ -25,6 +25,8 @@ from engram.interop.host import Host, Identity, find_tokenizer
 from engram.interop.packing import documents_by_position
 from engram.memory import Engram, EngramState, TokenCompressor
 from engram.memory.readers import Reading
+from engram.memory.table import tables_in
+from engram.training.weights import require_float_rows
 
 _NAME = "engram"
 
@@ -77,7 +79,11 @@ class Attachment(nn.Module):
         return self._host[0].model
 
     def save(self, folder: str | Path) -> Path:
-        """Write the memory alone to a folder, from which `load_adapter` attaches it again; other files there stay."""
+        """Write the memory alone to a folder, from which `load_adapter` attaches it again; other files there stay.
+
+        Raises `ConfigError` naming the file when the disk refuses, or a table whose rows are quantized.
+        """
+        require_float_rows(self)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         return write_adapter(Path(folder), self.config, self.identity, tensors)
 
@@ -134,6 +140,7 @@ class Attachment(nn.Module):
         # `save_pretrained` of the model writes the model; the memory has a folder of its own.
         self._kept_from_saving = host.model._keys_to_ignore_on_save
         own = {f"{_NAME}.{name}" for name in self.state_dict()}
+        own |= {f"{_NAME}.{name}.records" for name, *_ in tables_in(self)}  # which they have when they are quantized
         host.model._keys_to_ignore_on_save = {*(self._kept_from_saving or ()), *own}
         self._handles = [
             host.decoder.register_forward_pre_hook(self._begin, with_kwargs=True),

@@ -39,7 +39,7 @@ from engram.memory.readers import documents_of
 from engram.parallel.consolidate import INDEX, WEIGHTS
 from engram.training.checksums import CHECKSUMS, write_checksums
 from engram.training.identity import origin_of
-from engram.training.weights import TRAINED_WITH, require_sound
+from engram.training.weights import TRAINED_WITH, require_float_rows, require_sound
 
 _FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 _SLACK = 64  # tokens that a cache can give back at least, as assisted generation does with those that it rejects
@@ -187,8 +187,10 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """As transformers' own, with checksums, and with what the weights were trained with in the config.
 
-        Weights of a model that was saved there before, in other files than these, are removed.
+        Weights of a model that was saved there before, in other files than these, are removed. Raises `ConfigError`
+        naming a table whose rows are quantized.
         """
+        require_float_rows(self)
         setattr(self.config, TRAINED_WITH, origin_of(self.lm.config, self.token_lookup, None))
         folder = Path(save_directory)
         if is_main_process:

@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram.backbone import EngramLM
 from engram.config import ConfigError, ModelConfig, require
+from engram.memory import ReadOnlyTable
 from engram.memory.readers import RowReader
 from engram.memory.table import tables_in
 from engram.parallel.checkpoint import read_run
@@ -49,8 +50,9 @@ def save_model(
     """Write a model to a folder, whole or not at all; other files in the folder stay.
 
     `lookup` `[V]`: the token compression, the model's own if None, and `tokenizer`: the tokenizer it was trained with.
-    Raises `ConfigError` naming the file when the disk refuses.
+    Raises `ConfigError` naming the file when the disk refuses, and as `require_float_rows`.
     """
+    require_float_rows(model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if lookup is None:
         lookup = next((part.lookup for part in model.modules() if isinstance(part, RowReader)), None)
@@ -63,6 +65,13 @@ def save_model(
         return [draft / WEIGHTS]
 
     return _write_folder(Path(folder), write, model.config, lookup, text)
+
+
+def require_float_rows(model: nn.Module) -> None:
+    """Raises `ConfigError` naming a table whose rows are quantized: what is saved of it could not be loaded."""
+    for name, _, _, table in tables_in(model):
+        kind = table.format.kind if isinstance(table, ReadOnlyTable) else "float"
+        require(kind == "float", f"rows of {name}", kind, "float in what is saved: save the model as it was before")
 
 
 def write_tensors(tensors: dict[str, Tensor], draft: Path, path: Path, metadata: dict[str, str]) -> None:

@@ -61,6 +61,20 @@ def test_a_folder_holds_the_memory_and_nothing_of_the_model(folder: Path) -> Non
     assert about["memory"]["layers"] == list(LAYERS)
 
 
+def test_quantized_memory_is_saved_neither_alone_nor_with_the_model(tmp_path: Path) -> None:
+    model = host()
+    attachment = attached(model)
+    attachment.save(tmp_path / "memory")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "memory").iterdir()}
+    offload(model, "host", rows="int8")
+    with pytest.raises(ConfigError, match=r"rows of memory\.\d\.table is 'int8': allowed is float"):
+        attachment.save(tmp_path / "memory")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "memory").iterdir()} == before
+    model.save_pretrained(tmp_path / "model")
+    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
+        assert not [name for name in file.keys() if "engram" in name]  # noqa: SIM118
+
+
 def test_padding_and_truncation_do_not_make_another_tokenizer(folder: Path) -> None:
     tokenizer = words_tokenizer()
     tokenizer(["w1 w2", "w3"], padding=True, truncation=True, max_length=5)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from engram import ConfigError, EngramLM, ModelConfig
-from engram.inference import generate
+from engram.inference import generate, offload
 from engram.interop.causal_lm import EngramConfig, EngramForCausalLM
 from engram.training.tokenizer import train_bpe
 from engram.training.weights import load_model, save_model
@@ -257,6 +257,16 @@ def test_a_model_saved_over_another_in_other_files_is_the_one_that_both_ways_loa
         logits = model(ids).logits
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, logits)
         assert torch.equal(load_model(tmp_path).eval()(ids), logits)
+
+
+def test_a_quantized_model_does_not_replace_the_one_it_was_made_of(tmp_path: Path) -> None:
+    causal().save_pretrained(tmp_path, max_shard_size="10KB")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    offload(model, "host", rows="int8")
+    with pytest.raises(ConfigError, match=r"rows of memory\.1\.table is 'int8': allowed is float"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_losses_of_batches_add_up_to_that_of_all() -> None:

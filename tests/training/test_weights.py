@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from tokenizers import Tokenizer
 
 from engram.backbone import EngramLM
 from engram.config import ConfigError, ModelConfig
+from engram.inference import offload, offload_from
+from engram.inference.offload import quantize
+from engram.memory.row_formats import RowKind
 from engram.training.tokenizer import train_bpe
 from engram.training.weights import load_model, save_model
 
@@ -123,6 +127,26 @@ def test_a_swap_that_fails_brings_the_old_model_back(tmp_path: Path, monkeypatch
         save_model(built(), folder, LOOKUP)
     assert (folder / "model.safetensors").read_bytes() == before
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("rows", ["int8", "fp8", "fp8_block32"])
+def test_a_quantized_model_does_not_replace_the_one_it_was_made_of(tmp_path: Path, rows: RowKind) -> None:
+    save_model(built(), tmp_path, LOOKUP)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for change in (partial(offload, place="host", rows=rows), partial(quantize, rows=rows)):
+        model = load_model(tmp_path)
+        change(model)
+        with pytest.raises(ConfigError, match=rf"rows of memory\.1\.table is '{rows}': allowed is float"):
+            save_model(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_with_offloaded_float_rows_is_saved_as_it_is(tmp_path: Path) -> None:
+    model = built()
+    save_model(model, tmp_path, LOOKUP)
+    offload_from(loaded := load_model(tmp_path), tmp_path)
+    again = load_model(save_model(loaded, tmp_path))  # over the very file in which its table lies
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_a_new_model_replaces_the_old_one_and_leaves_other_files_alone(tmp_path: Path) -> None:
