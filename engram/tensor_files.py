@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,21 +67,30 @@ def size_of(shape: torch.Size, dtype: torch.dtype) -> int:
 
 
 def create(path: Path, shapes: Shapes, metadata: dict[str, str]) -> dict[str, Tensor]:
-    """Make a file for tensors of these shapes; the tensors lie in the mapped file, and what is written to them does."""
+    """Make a file for tensors of these shapes; the tensors lie in the mapped file, and what is written to them does.
+
+    Raises `OSError` if the disk has no room for all of it: a process that writes to a mapped page without would die.
+    Raises `ConfigError` naming a tensor that safetensors can't hold.
+    """
     # Wide types first: then every tensor starts at a multiple of its numbers' size.
     names = sorted(shapes, key=lambda name: -shapes[name][1].itemsize)
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name in names:
         shape, dtype = shapes[name]
+        require(dtype in _NAMES and min(shape, default=0) >= 0, name, (shape, dtype), "what safetensors can hold")
         start, end = end, end + size_of(shape, dtype)
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    size = 8 + len(text) + end
     with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    mapped = torch.from_file(str(path), shared=True, size=8 + len(text) + end, dtype=torch.uint8)
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
     entries = read_header(path).entries
     return {name: mapped[at.start : at.end].view(at.dtype).view(at.shape) for name, at in entries.items()}
 

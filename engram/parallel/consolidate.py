@@ -38,22 +38,24 @@ def consolidate(
 
     Raises:
         ConfigError: naming the checkpoint, if it can't be read.
+        OSError: when the disk refuses, or has no room.
     """
     with named_errors(checkpoint, "read"):
         reader, saved = open_checkpoint(checkpoint)
         shapes = model_shapes(saved) | {name: (tensor.shape, tensor.dtype) for name, tensor in extra.items()}
         parts = _divided(shapes, file_bytes)
-        names = (
-            [WEIGHTS]
-            if len(parts) == 1
-            else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
-        )
-        for name, part in zip(names, parts, strict=True):
-            # The format's name is what transformers and accelerate ask for.
-            tensors = create(folder / name, part, {"format": "pt", **(metadata or {})})
-            for key in tensors.keys() & extra.keys():
-                tensors[key].copy_(extra[key])
-            own = {f"model.{key}": value for key, value in tensors.items() if key not in extra}
+    names = (
+        [WEIGHTS]
+        if len(parts) == 1
+        else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    )
+    for name, part in zip(names, parts, strict=True):
+        # The format's name is what transformers and accelerate ask for.
+        tensors = create(folder / name, part, {"format": "pt", **(metadata or {})})
+        for key in tensors.keys() & extra.keys():
+            tensors[key].copy_(extra[key])
+        own = {f"model.{key}": value for key, value in tensors.items() if key not in extra}
+        with named_errors(checkpoint, "read"):
             fill({k: v for key, value in own.items() for k, v in _entries(key, value, saved)}, saved, reader)
     if len(parts) > 1:
         index = {

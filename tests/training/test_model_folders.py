@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -409,6 +410,37 @@ def test_a_loaded_model_is_trained_as_any_other_and_its_files_stay_as_they_are(t
     assert torch.equal(load_model(folder).memory["1"].table.weight, model.memory["1"].table.weight)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="space can't be reserved")
+def test_a_file_that_is_written_through_a_map_has_its_space_from_the_start(tmp_path: Path) -> None:
+    """Or the process would be killed, without a word, at the first page for which a full disk has no room."""
+    path = tmp_path / WEIGHTS
+    create(path, {"table": (torch.Size([1000, 1000]), torch.float32)}, {})
+    assert path.stat().st_blocks * 512 >= 4_000_000
+
+
+def test_a_full_disk_leaves_the_old_model_when_a_checkpoint_is_consolidated(tmp_path: Path, folder: Path) -> None:
+    """The limit on file size is how a test can fill a disk."""
+    model = built()
+    run = {"model_config": model.config.to_dict(), "token_lookup": LOOKUP, "tokenizer_json": None}
+    CheckpointWriter().save(tmp_path / "step-00000001", model, [], run)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot write '.*m/model\.safetensors': File too large"):
+            save_checkpoints_model(tmp_path / "step-00000001", folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "step-00000001"}
+
+
+@pytest.fixture
+def holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files that take no space."""
+    monkeypatch.setattr(os, "posix_fallocate", lambda file, start, size: os.ftruncate(file, size), raising=False)
+
+
 LARGE = merge(
     MODEL,
     {"memory.n_heads": 8, "memory.row_width": 80, "memory.rows": [3_920_000, 3_920_000], "memory.compress": False},
@@ -430,6 +462,7 @@ print(seconds, megabytes("RssAnon") - before, megabytes("VmHWM"))  # which unlik
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel about memory")
+@pytest.mark.usefixtures("holes")
 def test_a_table_of_20_gigabytes_is_there_within_seconds_and_takes_no_memory(tmp_path: Path) -> None:
     config = ModelConfig.from_dict(LARGE)
     with torch.device("meta"):
@@ -462,6 +495,7 @@ def test_a_table_of_20_gigabytes_is_there_within_seconds_and_takes_no_memory(tmp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel about memory")
+@pytest.mark.usefixtures("holes")
 def test_a_file_larger_than_memory_is_mapped_and_written_to_in_places(tmp_path: Path) -> None:
     """The kernel would refuse to reserve memory for all of it."""
     n_rows = int(1.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 256)
