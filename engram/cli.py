@@ -1,5 +1,5 @@
 """The `engram` command: `engram sweep plan|run|status|report PLAN.yaml`, `engram consolidate CHECKPOINT FOLDER`,
-`engram verify FOLDER`, `engram generate MODEL PROMPT`, `engram inspect PATH`, `engram eval NAME --checkpoint RUN`."""
+`engram verify PATH`, `engram generate MODEL PROMPT`, `engram inspect PATH`, `engram eval NAME --checkpoint RUN`."""
 
 from __future__ import annotations
 
@@ -83,8 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as RUN/checkpoints/step-00001000")
     action.add_argument("folder", type=Path, help="where to write the model")
     action.set_defaults(run=_consolidate)
-    action = commands.add_parser("verify", help="compare all weights of a model's folder with their checksums")
-    action.add_argument("folder", type=Path, help="of a trained model, such as RUN/model")
+    action = commands.add_parser(
+        "verify", help="compare all weights of a model's folder, or of a table's file, with their checksums"
+    )
+    action.add_argument("path", type=Path, help="of a trained model, such as RUN/model, or a file that `to_disk` wrote")
     action.set_defaults(run=_verify)
     _add_generate(commands.add_parser("generate", help="continue a text with a trained model"))
     action = commands.add_parser(
@@ -148,14 +150,17 @@ def _consolidate(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+    from engram.memory.row_files import verify_rows
     from engram.training.weights import verify_model
 
+    verify, files = (
+        (verify_rows, [args.path]) if args.path.is_file() else (verify_model, args.path.glob("*.safetensors"))
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, transient=True) as progress:
-        n_bytes = sum(path.stat().st_size for path in args.folder.glob("*.safetensors"))
-        task = progress.add_task("verifying", total=n_bytes)
-        damaged = verify_model(args.folder, lambda n: progress.advance(task, n))
-    print("\n".join(damaged) or f"undamaged: {args.folder}")
+        task = progress.add_task("verifying", total=sum(path.stat().st_size for path in files))
+        damaged = verify(args.path, lambda n: progress.advance(task, n))
+    print("\n".join(damaged) or f"undamaged: {args.path}")
     return 1 if damaged else 0
 
 

@@ -6,6 +6,8 @@ own, which brings the same rows from elsewhere (engram/memory/offloaded.py).
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -13,13 +15,17 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from engram.config import require
+from engram.config import ConfigError, require
+from engram.digests import CHECKED_BYTES
 from engram.memory import DiskTable, MemoryTable, OffloadedTable, ReadOnlyTable, RowReader
 from engram.memory.reading import ReadStats
 from engram.memory.row_formats import RowKind
 from engram.memory.table import tables_in
 from engram.parallel.consolidate import INDEX, WEIGHTS
-from engram.tensor_files import read_index
+from engram.tensor_files import read_header, read_index
+from engram.training.checksums import CHECKSUMS, checked_header, damages, read_checksums
+from engram.training.identity import ORIGIN, require_rows_origin
+from engram.training.weights import TRAINED_WITH
 
 Place = Literal["host", "disk"]
 Table = TypeVar("Table", bound=MemoryTable)
@@ -55,24 +61,68 @@ def offload(
     return _replace(model, move)
 
 
-def offload_from(model: nn.Module, folder: str | Path, *, cache_rows: int = 0) -> dict[str, DiskTable]:
+def offload_from(
+    model: nn.Module, folder: str | Path, *, cache_rows: int = 0, verify: bool = False
+) -> dict[str, DiskTable]:
     """Let a model, in place, read its tables from the saved model in `folder` (safetensors, one file or several with
     their index), where they lie; the new ones by name.
 
-    Nothing is read, so what the model's own tables hold doesn't matter; on the meta device they take no memory.
-    Raises `ConfigError` for a table that isn't there or has another size or type.
+    What the model's own tables hold doesn't matter; on the meta device they take no memory. Tables of up to 1 GiB are
+    compared with their checksums, larger ones only if `verify` says so, as by `load_model`: else nothing is read.
+
+    Raises `ConfigError` for a table that isn't there, is damaged, has another size or type, or that the memory would
+    read by another hash, seed, size or token compression than it was trained with. Tables without checksums, or whose
+    file does not tell what they were trained with, are served with a warning.
     """
     folder = Path(folder)
+    saved, kept = read_checksums(folder), _kept_origin(folder)
+    require(
+        saved is not None or not verify, "verify", verify, f"False for a folder without {CHECKSUMS}: {str(folder)!r}"
+    )
+    readers = {f"{name}.weight": getattr(owner, "reader", None) for name, owner, *_ in tables_in(model)}
+    unknown = []
+
+    def check(name: str, path: Path) -> None:
+        header = read_header(path) if saved is None else checked_header(path, saved)
+        reader, origin = readers[name], header.metadata.get(ORIGIN, kept)
+        if origin is None:
+            unknown.append(name)
+        elif isinstance(reader, RowReader):
+            require_rows_origin(origin, reader.config, reader.lookup)
+        entry = header.entries[name]
+        if saved is not None and (verify or entry.end - entry.start <= CHECKED_BYTES):
+            for damage in damages(path, header, [name], saved):
+                raise ConfigError(damage)
+
+    made = serve(model, folder, cache_rows, check)
+    if saved is None:
+        warnings.warn(f"whether tables in {str(folder)!r} are damaged is not known: no {CHECKSUMS}", stacklevel=2)
+    if unknown:
+        warnings.warn(f"{', '.join(unknown)} in {str(folder)!r}: what they were trained with is not told", stacklevel=2)
+    return made
+
+
+def serve(
+    model: nn.Module, folder: Path, cache_rows: int = 0, check: Callable[[str, Path], None] | None = None
+) -> dict[str, DiskTable]:
+    """As `offload_from`, of a folder that is known to be sound and the model's own; or `check` is called with each
+    table's name and file, and raises `ConfigError`."""
     there = read_index(folder / INDEX) if (folder / INDEX).exists() else {}
 
-    def serve(name: str, table: MemoryTable) -> DiskTable:
+    def open_table(name: str, table: MemoryTable) -> DiskTable:
         name = f"{name}.weight"
-        served = DiskTable(folder / there.get(name, WEIGHTS), cache_rows, name)
+        path = folder / there.get(name, WEIGHTS)
+        served = DiskTable(path, cache_rows, name)
         ours, theirs = _size(table), _size(served)
         require(theirs == ours, f"{name} in {str(folder)!r}", theirs, f"{ours}, as in the model")
+        if check is not None:
+            try:
+                check(name, path)
+            except ConfigError as error:
+                raise ConfigError(f"{name} in {str(folder)!r} cannot be served: {error}") from error
         return served.requires_grad_(table.learns if isinstance(table, ReadOnlyTable) else table.weight.requires_grad)
 
-    return _replace(model, serve)
+    return _replace(model, open_table)
 
 
 def quantize(model: nn.Module, rows: RowKind) -> dict[str, ReadOnlyTable]:
@@ -104,6 +154,15 @@ def _size(table: MemoryTable) -> tuple[int, int, torch.dtype]:
         return table.n_rows, table.width, table.dtype
     n_rows, width = table.weight.shape
     return n_rows, width, table.weight.dtype
+
+
+def _kept_origin(folder: Path) -> str | None:
+    """What transformers keeps of a model's origin: it writes metadata of its own into files of weights."""
+    config = folder / "config.json"
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get(TRAINED_WITH) if config.exists() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{str(config)!r} cannot be read: {error}") from error
 
 
 def _replace(model: nn.Module, make: Callable[[str, MemoryTable], Table]) -> dict[str, Table]:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from engram.backbone import EngramLM
 from engram.config import ConfigError, ModelConfig, require, require_one_of
-from engram.inference.offload import offload, offload_from, quantize
+from engram.inference.offload import offload, quantize, serve
 from engram.memory.row_formats import RowKind
 from engram.memory.table import tables_in
 from engram.parallel.checkpoint import CHECKPOINTS, is_checkpoint, last_checkpoint, load, read_run
@@ -46,7 +46,7 @@ def open_model(
         elif tables == "disk":
             require(files is not None, "tables", tables, f"device or host for a checkpoint: {str(path)!r} is one")
             assert files is not None
-            offload_from(model, files, cache_rows=cache_rows)
+            serve(model, files, cache_rows)
         elif rows != "float":
             quantize(model, rows)
     return model, tokenizer

@@ -136,15 +136,17 @@ class DiskTable(OffloadedTable):
         path: a file that `to_disk` wrote, or any safetensors file. It must stay as it is while it is open.
         cache_rows: as for `OffloadedTable`.
         name: of the table in the file.
+        verify: compare all rows of a file that `to_disk` wrote with its checksums, not of up to 1 GiB alone.
 
     Raises:
-        ConfigError: a file that is none, is cut short, or holds no such table; when a pickle is loaded, of which the
-            file is a part, also one that holds a table of another size or format now.
+        ConfigError: a file that is none, is cut short or damaged, or holds no such table; with `verify`, one without
+            checksums; when a pickle is loaded, of which the file is a part, also one that holds a table of another size
+            or format now.
     """
 
-    def __init__(self, path: str | Path, cache_rows: int = 0, name: str = "weight") -> None:
+    def __init__(self, path: str | Path, cache_rows: int = 0, name: str = "weight", verify: bool = False) -> None:
         self.path, self.name = Path(path).absolute(), name
-        super().__init__(*map_rows(self.path, name), cache_rows)
+        super().__init__(*map_rows(self.path, name, verify), cache_rows)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, path={str(self.path)!r}"

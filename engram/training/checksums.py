@@ -1,27 +1,22 @@
 """SHA-256 of all that a model's safetensors files hold, in `checksums.json` beside them: whatever bit changes, the
 tensor it belongs to is named.
 
-A file has a hash of its header and, for each tensor, one of every 64 MiB of it: blocks are hashed side by side, by all
-cores (about 2 GB/s each), and what is damaged in a large table is known to a block.
+A file has a hash of its header and, for each tensor, one of every 64 MiB of it (engram/digests.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from engram.config import ConfigError
+from engram.digests import BLOCK, Advance, digests, where_they_differ
 from engram.tensor_files import Header, header_bytes, read_header
 
 CHECKSUMS = "checksums.json"
-_BLOCK, _READ = 2**26, 2**20
-
-Advance = Callable[[int], object]
 
 
 def write_checksums(folder: Path, files: Iterable[Path]) -> None:
@@ -33,7 +28,7 @@ def write_checksums(folder: Path, files: Iterable[Path]) -> None:
             "header": hashlib.sha256(header_bytes(path)).hexdigest(),
             "tensors": tensor_checksums(path, header, header.entries),
         }
-    text = json.dumps({"algorithm": "sha256", "block_bytes": _BLOCK, "files": found}, indent=1)
+    text = json.dumps({"algorithm": "sha256", "block_bytes": BLOCK, "files": found}, indent=1)
     (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
 
 
@@ -44,7 +39,7 @@ def read_checksums(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if (saved["algorithm"], saved["block_bytes"]) != ("sha256", _BLOCK):
+        if (saved["algorithm"], saved["block_bytes"]) != ("sha256", BLOCK):
             raise ValueError("it is of another version")
         return {
             name: {"header": file["header"], "tensors": dict(file["tensors"])} for name, file in saved["files"].items()
@@ -71,10 +66,8 @@ def damages(
         if name not in expected or len(found) != len(expected[name]):
             yield f"{path.name}: {CHECKSUMS} does not say what {name} should be"
             continue
-        wrong = [i for i, (own, other) in enumerate(zip(found, expected[name], strict=True)) if own != other]
-        if wrong:
-            where = f" in {len(wrong)} of {len(found)} blocks of {_BLOCK >> 20} MiB, the first is number {wrong[0]}"
-            where = where if len(found) > 1 else ""
+        where = where_they_differ(found, expected[name])
+        if where is not None:
             yield f"{path.name}: {name} is damaged{where}, its SHA-256 is not that in {CHECKSUMS}"
 
 
@@ -83,26 +76,5 @@ def tensor_checksums(
 ) -> dict[str, list[str]]:
     """Hex SHA-256 of each block of those tensors of a file."""
     wanted = set(names)
-    blocks = {
-        name: [(start, min(start + _BLOCK, entry.end)) for start in range(entry.start, entry.end, _BLOCK)]
-        for name, entry in header.entries.items()
-        if name in wanted
-    }
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = {
-            name: [pool.submit(_hashed, path, start, end, advance) for start, end in parts]
-            for name, parts in blocks.items()
-        }
-        return {name: [part.result() for part in parts] for name, parts in pending.items()}
-
-
-def _hashed(path: Path, start: int, end: int, advance: Advance | None) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end and (data := file.read(min(_READ, end - start))):
-            digest.update(data)
-            start += len(data)
-            if advance is not None:
-                advance(len(data))
-    return digest.hexdigest()
+    spans = {name: (entry.start, entry.end) for name, entry in header.entries.items() if name in wanted}
+    return digests(path, spans, advance)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from engram.backbone import EngramLM
 from engram.config import ConfigError, ModelConfig, require
+from engram.digests import CHECKED_BYTES
 from engram.memory import ReadOnlyTable
 from engram.memory.readers import RowReader
 from engram.memory.table import tables_in
@@ -31,16 +32,15 @@ from engram.tensor_files import Header, map_tensors, read_header, read_index
 from engram.training.atomic import atomic_folder
 from engram.training.cache import disk_errors_name
 from engram.training.checksums import CHECKSUMS, Advance, checked_header, damages, read_checksums, write_checksums
-from engram.training.identity import origin_of, require_origin
+from engram.training.identity import ORIGIN, origin_of, require_origin
 from engram.training.tokenizer import SPECIAL, load_tokenizer, special_ids
 
 _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 # By which transformers' Auto classes find `engram.interop.causal_lm`.
 _FOR_TRANSFORMERS = {"model_type": "engram", "architectures": ["EngramForCausalLM"]}
 _LOOKUP = "token_lookup"
-_ORIGIN = "engram"  # in a header's metadata
-TRAINED_WITH = "trained_with"  # the same in a config.json of transformers, which writes its own metadata
-_CHECKED_TABLE_BYTES = 2**30
+TRAINED_WITH = "trained_with"  # the origin in a config.json of transformers, which writes its own metadata
+_CHECKED_TABLE_BYTES = CHECKED_BYTES
 _NO_CHECKSUMS = f"there is no {CHECKSUMS}"
 
 
@@ -113,7 +113,7 @@ def _write_folder(
     owned = (WEIGHTS, INDEX, CHECKSUMS, _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG)
     with atomic_folder(folder, owned=(*owned, *(path.name for path in folder.glob(PARTS)))) as draft:
         with disk_errors_name(folder / WEIGHTS):
-            files = write_weights(draft, {_ORIGIN: origin_of(config, lookup, tokenizer)})
+            files = write_weights(draft, {ORIGIN: origin_of(config, lookup, tokenizer)})
         with disk_errors_name(folder / CHECKSUMS):
             write_checksums(draft, files)
         special: dict[str, int] = {}
@@ -261,7 +261,7 @@ def _require_origin(
 
 def _origins(folder: Path, headers: dict[Path, Header]) -> set[str]:
     """What the weights were trained with, as their files tell, or as transformers keeps it, the config's file."""
-    found = {header.metadata[_ORIGIN] for header in headers.values() if _ORIGIN in header.metadata}
+    found = {header.metadata[ORIGIN] for header in headers.values() if ORIGIN in header.metadata}
     kept = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get(TRAINED_WITH)
     return found or ({kept} if kept else set())
 

@@ -1,11 +1,13 @@
 """Models whose tables lie elsewhere give what they gave before: whole windows, packed documents, step by step."""
 
 import dataclasses
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engram.backbone import EngramLM
@@ -13,6 +15,7 @@ from engram.config import ConfigError, GQAConfig, MemoryConfig, ModelConfig
 from engram.inference import generate, offload, offload_from, offloaded_tables, read_stats, warm_caches
 from engram.memory import DiskTable, Engram, HostTable
 from engram.memory.row_formats import RowKind
+from engram.tensor_files import read_header
 from engram.training.weights import load_model, save_model
 
 MEMORY = MemoryConfig(rows=(500, 700), n_heads=2, row_width=8, layers=(1, 2), table_dtype="bfloat16")
@@ -215,3 +218,69 @@ def test_tables_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         offload_from(other, tmp_path / "nowhere")
     assert not offloaded_tables(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lookup", "said"),
+    [
+        ({"seed": 5}, True, "memory.seed is 5: the weights were trained with 0"),
+        ({"hash": "qwen", "compress": False}, False, "memory.hash is 'qwen': the weights were trained with 'deepseek'"),
+        ({"eos_id": 3}, True, "memory.eos_id is 3: the weights were trained with 0"),
+        ({}, False, "token compression has none: the weights were trained with sha256"),
+    ],
+    ids=str,
+)
+def test_tables_that_a_memory_would_read_otherwise_are_refused(
+    changes: dict[str, Any], lookup: bool, said: str, tmp_path: Path
+) -> None:
+    """In a model, and in a memory of a user's own module. What is done with rows is another thing."""
+    compression = torch.arange(97) // 2
+    save_model(EngramLM(CONFIG, compression), tmp_path)
+    config = dataclasses.replace(CONFIG, memory=dataclasses.replace(MEMORY, **changes))
+    own = nn.Module()
+    for model in (EngramLM(config, compression if lookup else None), own):
+        if model is own:
+            memory = dataclasses.replace(config.memory, d_model=16, vocab_size=97, branches=1)
+            model.memory = nn.ModuleDict({"1": Engram(memory, 1, compression if lookup else None)})
+        model.load_state_dict(
+            {name: x for name, x in load_file(tmp_path / "model.safetensors").items() if "table" in name}, strict=False
+        )
+        with pytest.raises(ConfigError, match=said):
+            offload_from(model, tmp_path)
+        assert not offloaded_tables(model)
+    beyond = dataclasses.replace(MEMORY, gate="plain", conv_kernel=2)
+    deeper = dataclasses.replace(CONFIG, n_layers=4, n_dense_layers=4, memory=beyond)
+    assert len(offload_from(EngramLM(deeper, compression), tmp_path)) == 2
+
+
+def test_damaged_tables_are_not_served_large_ones_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    path = save_model(model, tmp_path) / "model.safetensors"
+    whole, end = path.read_bytes(), read_header(path).entries["memory.2.table.weight"].end
+    path.write_bytes(whole[: end - 1] + bytes([whole[end - 1] ^ 1]) + whole[end:])
+    damaged = r"memory\.2\.table\.weight is damaged"
+    with pytest.raises(ConfigError, match=damaged):
+        offload_from(model, tmp_path)
+    monkeypatch.setattr(sys.modules["engram.inference.offload"], "CHECKED_BYTES", 1000)
+    with pytest.raises(ConfigError, match=damaged):
+        offload_from(model, tmp_path, verify=True)
+    assert not offloaded_tables(model)
+    assert len(offload_from(model, tmp_path)) == 2
+    path.write_bytes(whole.replace(b'"BF16"', b'"F16"', 1))
+    with pytest.raises(ConfigError):
+        offload_from(model_of(), tmp_path)
+
+
+def test_tables_of_a_file_that_tells_nothing_are_served_with_a_warning(tmp_path: Path) -> None:
+    model, ids = model_of(), ids_of(2, 30)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        expected = model(ids)
+        with (
+            pytest.warns(UserWarning, match=r"no checksums\.json"),
+            pytest.warns(UserWarning, match="what they were trained with is not told"),
+        ):
+            offload_from(model, tmp_path)
+        assert torch.equal(model(ids), expected)
+    with pytest.raises(ConfigError, match=r"verify is True: allowed is False for a folder without checksums\.json"):
+        offload_from(model_of(), tmp_path, verify=True)

@@ -1,6 +1,7 @@
 """Tables on the host and on disk against plain indexing; what they refuse; what they share and what they read."""
 
 import copy
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,11 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engram.cli import main
 from engram.config import ConfigError
 from engram.memory import DiskTable, MemoryTable, OffloadedTable, read_only
 from engram.memory.offloaded import HostTable
 from engram.memory.reading import MANY_ROWS
 from engram.memory.row_formats import RowKind
+from engram.tensor_files import read_header
 
 KINDS = get_args(RowKind)
 
@@ -294,6 +297,73 @@ def test_files_that_are_cut_short_or_none_are_refused(tmp_path: Path) -> None:
         path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
         with pytest.raises(ConfigError, match="table"):
             DiskTable(path)
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_whatever_bit_of_a_tables_file_changes_it_is_refused(kind: RowKind, tmp_path: Path) -> None:
+    """In the header, in rows and in scales."""
+    path = tmp_path / "table"
+    MemoryTable(40, 8).to_disk(path, rows=kind)
+    data = path.read_bytes()
+    header = 8 + len(data[8:4096].rstrip())
+    for at in [*range(header), *torch.randint(header, len(data), (100,)).tolist()]:
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        with pytest.raises(ConfigError, match="table"):
+            DiskTable(path)
+
+
+def test_rows_are_compared_by_blocks_large_tables_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks that end inside of rows, and inside of what is written at a time."""
+    monkeypatch.setattr("engram.digests.BLOCK", 1000)
+    monkeypatch.setattr("engram.memory.row_files.BLOCK", 1000)
+    monkeypatch.setattr("engram.memory.read_only._PART", 700)
+    path, table = tmp_path / "table", MemoryTable(333, 7)
+    table.to_disk(path)
+    data = path.read_bytes()
+    rows = data[-333 * 28 :]
+    blocks = [hashlib.sha256(rows[at : at + 1000]).hexdigest() for at in range(0, len(rows), 1000)]
+    assert read_header(path).metadata["blocks_sha256"].split() == blocks
+    assert torch.equal(load_file(path)["weight"], table.weight)
+    assert main(["verify", str(path)]) == 0
+    path.write_bytes(data[:-2500] + bytes([data[-2500] ^ 1]) + data[-2499:])
+    said = "rows are damaged in 1 of 10 blocks of 0 MiB, the first is number 6"
+    with pytest.raises(ConfigError, match=said):
+        DiskTable(path)
+    monkeypatch.setattr("engram.memory.row_files.CHECKED_BYTES", 1000)
+    DiskTable(path)
+    with pytest.raises(ConfigError, match=said):
+        DiskTable(path, verify=True)
+    capsys.readouterr()
+    assert main(["verify", str(path)]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_a_file_without_checksums_is_opened_but_never_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, table = tmp_path / "table", MemoryTable(30, 4)
+    save_file({"weight": table.weight.detach()}, path, {"rows": "float", "width": "4", "dtype": "F32"})
+    with torch.no_grad():
+        assert torch.equal(DiskTable(path)(torch.arange(30)), table.weight)
+    with pytest.raises(ConfigError, match="has no checksums"):
+        DiskTable(path, verify=True)
+    assert main(["verify", str(path)]) == 2
+    assert "has no checksums" in capsys.readouterr().err
+    table.to_disk(path)  # it is a table of the same rows
+    DiskTable(path, verify=True)
+
+
+def test_places_that_no_file_can_have_are_refused_by_name(tmp_path: Path) -> None:
+    table = MemoryTable(30, 4)
+    (tmp_path / "file").write_text("something else")
+    for path in (tmp_path / "file" / "x", tmp_path / ("x" * 300), tmp_path / "a\0b", Path()):
+        with pytest.raises(ConfigError, match=r"cannot write|path is"):
+            table.to_disk(path)
+        with pytest.raises(ConfigError, match="no safetensors file"):
+            DiskTable(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def memory_of_this_process(part: str) -> int:
