@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     action = commands.add_parser(
         "inspect", help="print what a checkpoint holds, without loading it: tables, and where its parameters are"
     )
-    action.add_argument("path", type=Path, help="a folder of engram's, of Qwen4-Exp or of DeepSeek-V4.1")
+    action.add_argument(
+        "path", type=Path, help="a folder of engram's (a model, a run, a checkpoint), Qwen4-Exp's or DeepSeek-V4.1's"
+    )
     action.add_argument("--json", action="store_true", help="for programs")
     action.set_defaults(run=_inspect)
     commands.add_parser("eval", help="ask a question of checkpoints").set_defaults(run=_eval)
@@ -181,8 +183,8 @@ def _generate(args: argparse.Namespace) -> int:
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
     )
-    model, tokenizer = open_model(args.model, args.tables, cache_rows=args.cache_rows, rows=args.rows)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tokenizer
+    given = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    model, tokenizer = open_model(args.model, args.tables, cache_rows=args.cache_rows, rows=args.rows, tokenizer=given)
     if tokenizer is None:
         raise ConfigError(f"{str(args.model)!r} holds no tokenizer: name one with --tokenizer")
     try:
@@ -190,7 +192,10 @@ def _generate(args: argparse.Namespace) -> int:
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         raise ConfigError(f"device is {args.device!r}: {str(error).splitlines()[0]}") from error
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    try:
+        prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is no text in {error.encoding}: {error}") from error
     writer = TextGenerator(model, tokenizer)
     started, texts = time.perf_counter(), [[] if args.no_echo else [prompt] for prompt in prompts]
     streaming = len(prompts) == 1

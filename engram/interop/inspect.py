@@ -17,6 +17,7 @@ import torch
 
 from engram.budget import Cost, ParameterBudget
 from engram.config import ConfigError, ModelConfig, require
+from engram.inference.opening import find_model
 from engram.interop import deepseek_v41, qwen4_exp
 from engram.interop.checkpoint_files import TensorFiles
 from engram.interop.layers import CONFIG, errors_name, read_config, sizes_that_fit, text_settings
@@ -91,7 +92,9 @@ class Report:
 
 
 def inspect(path: str | Path) -> Report:
-    """Report on the folder of a model or checkpoint of engram, Qwen4-Exp or DeepSeek-V4.1, reading no weights.
+    """Report on the folder of a model, run or checkpoint of engram, or of Qwen4-Exp or DeepSeek-V4.1, reading no weights.
+
+    Of a run it is its `model`, or if that is not there its last checkpoint.
 
     Raises `ConfigError` naming the folder, file or tensor for anything else, a header that is damaged, and a table that
     is missing or of another shape than the config says.
@@ -102,10 +105,10 @@ def inspect(path: str | Path) -> Report:
         return _inspected(folder)
 
 
-def _inspected(folder: Path) -> Report:
-    if (folder / ".metadata").exists():
+def _inspected(path: Path) -> Report:
+    folder = find_model(path)
+    if not (folder / CONFIG).exists():
         return _checkpoint(folder)
-    require((folder / CONFIG).exists(), "path", str(folder), f"a folder with a {CONFIG}, or that of a checkpoint")
     config = read_config(folder)
     kind = str(config.get("model_type", "")).removesuffix("_text")
     if kind in _RELEASED:

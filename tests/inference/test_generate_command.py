@@ -72,6 +72,23 @@ def test_a_prompt_comes_from_standard_input(folder: Path, capsys: Any, monkeypat
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
 
 
+def test_standard_input_that_is_no_text_is_refused(folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    assert generate(folder, "-") == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: standard input is no text in utf-8: 'utf-8' codec can't decode byte 0xff in position 1: invalid start "
+        "byte\n",
+    )
+
+
+def test_another_tokenizer_than_the_models_is_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    train_bpe(["quite another text"], 290).save(str(tmp_path / "other.json"))
+    assert generate(folder, "a", "--tokenizer", str(tmp_path / "other.json")) == 2
+    assert "the tokenizer given has sha256" in capsys.readouterr().err
+    assert generate(folder, "a", "--tokenizer", str(folder / "tokenizer.json")) == 0
+
+
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"]], ids=str)
 def test_ctrl_c_ends_with_the_text_so_far(folder: Path, prompts: list[str], capsys: Any, monkeypatch: Any) -> None:
     def interrupted(self: TextGenerator, prompts: list[str], *args: Any, **settings: Any) -> Iterator[list[str]]:

@@ -59,6 +59,21 @@ def test_a_run_its_model_and_its_checkpoint_are_the_same_model_with_its_tokenize
     assert open_model(tmp_path / "run")[1] is None
 
 
+def test_a_tokenizer_other_than_the_models_is_refused_also_where_it_has_none(tmp_path: Path) -> None:
+    saved(tmp_path)
+    other = train_bpe(["quite another text"], 300)
+    checkpoint = tmp_path / "checkpoints" / "step-00000007"
+    for path in (tmp_path / "model", checkpoint, tmp_path / "model"):
+        assert open_model(path, tokenizer=TOKENIZER)[1] is TOKENIZER
+        with pytest.raises(
+            ConfigError, match=r"the tokenizer given has sha256 \w+: the weights were trained with sha256"
+        ):
+            open_model(path, tokenizer=other)
+        (tmp_path / "model" / "tokenizer.json").unlink(missing_ok=True)
+    save_model(EngramLM(open_model(tmp_path)[0].config, LOOKUP), tmp_path / "model", LOOKUP)  # trained with none
+    assert open_model(tmp_path, tokenizer=other)[1] is other
+
+
 def test_a_model_says_the_same_with_its_tables_on_the_host_or_on_disk(tmp_path: Path) -> None:
     model = saved(tmp_path)
     for tables, kind in (("host", HostTable), ("disk", DiskTable)):

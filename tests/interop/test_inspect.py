@@ -174,7 +174,7 @@ def test_a_checkpoint_whose_table_has_other_rows_than_its_config_is_refused(tmp_
 def test_anything_else_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"path is .*none': allowed is the folder"):
         inspect(tmp_path / "none")
-    with pytest.raises(ConfigError, match=r"allowed is a folder with a config.json, or that of a checkpoint"):
+    with pytest.raises(ConfigError, match="no model's folder, no run's, and no checkpoint's"):
         inspect(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match=r"config.json': model_type is 'llama': allowed is qwen4_exp, deepseek_v41"):
@@ -209,6 +209,15 @@ def test_a_consolidated_checkpoint_is_told_as_the_checkpoint(tmp_path: Path) -> 
     save_checkpoints_model(tmp_path / "step", tmp_path / "model")
     step, consolidated = inspect(tmp_path / "step"), inspect(tmp_path / "model")
     assert replace(step, path="", kind="") == replace(consolidated, path="", kind="")
+
+
+def test_a_run_is_told_as_its_model_or_last_checkpoint(tmp_path: Path) -> None:
+    model = built()
+    run = {"model_config": model.config.to_dict(), "token_lookup": None, "tokenizer_json": None}
+    CheckpointWriter().save(tmp_path / "checkpoints" / "step-00000007", model, [], run)
+    assert inspect(tmp_path) == inspect(tmp_path / "checkpoints" / "step-00000007")
+    save_model(model, tmp_path / "model")
+    assert inspect(tmp_path) == inspect(tmp_path / "model")
 
 
 def test_files_are_not_read_beyond_their_headers(tmp_path: Path) -> None:
