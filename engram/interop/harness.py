@@ -63,7 +63,8 @@ class EngramHarness(TemplateLM):
             is, so `device`, `tables`, `cache_rows` and `rows` can't be said; what is done to it meanwhile counts.
 
     Raises:
-        ConfigError: a path that leads to no model, no tokenizer, a setting out of range or beside an open model.
+        ConfigError: a path that leads to no model, no tokenizer or not the model's, a setting out of range or beside an
+            open model.
     """
 
     def __init__(
@@ -84,12 +85,12 @@ class EngramHarness(TemplateLM):
         super().__init__()
         require(dtype is None or dtype in _DTYPES, "dtype", dtype, "one of " + ", ".join(_DTYPES))
         require((model is None) == bool(path), "path", path, "the model's, or none beside a model that is open already")
-        own = None
+        given, own = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, None
         if model is None:
             # The harness asks for CUDA when its user asks for nothing.
             asked = torch.device(device or "cuda")
             self._device = asked if asked.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-            model, own = open_model(path, tables, cache_rows=int(cache_rows), rows=rows)
+            model, own = open_model(path, tables, cache_rows=int(cache_rows), rows=rows, tokenizer=given)
             model.to(self._device)
         else:
             placed = {"device": (device, None), "tables": (tables, "device"), "cache_rows": (int(cache_rows), 0)}
@@ -97,7 +98,7 @@ class EngramHarness(TemplateLM):
                 require(value == usual, name, value, f"{usual!r}: an open model stays where and as it is")
             self._device = model.embed.weight.device
         self.model = model.eval()
-        chosen = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer or own
+        chosen = given or own
         if chosen is None:
             raise ConfigError(f"{path or 'an open model'!r} holds no tokenizer: name one by tokenizer=")
         self._tokenizer = chosen

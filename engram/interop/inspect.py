@@ -92,9 +92,8 @@ class Report:
 
 
 def inspect(path: str | Path) -> Report:
-    """Report on the folder of a model, run or checkpoint of engram, or of Qwen4-Exp or DeepSeek-V4.1, reading no weights.
-
-    Of a run it is its `model`, or if that is not there its last checkpoint.
+    """Report on the folder of a model, run or checkpoint of engram, of Qwen4-Exp or DeepSeek-V4.1, reading no weights;
+    of a run it is its `model`, or if that is not there its last checkpoint.
 
     Raises `ConfigError` naming the folder, file or tensor for anything else, a header that is damaged, and a table that
     is missing or of another shape than the config says.

@@ -207,6 +207,11 @@ def test_texts_go_on_within_the_models_length_and_to_the_end_of_the_document(
     assert min(n_tokens) < LENGTH // 2 - 2  # some ended
 
 
+def test_a_tokenizer_other_than_the_models_is_refused(saved: tuple[Path, EngramLM, Tokenizer]) -> None:
+    with pytest.raises(ConfigError, match="the tokenizer given has sha256"):
+        EngramHarness(path=str(saved[0]), device="cpu", tokenizer=train_bpe(iter(["quite another text"]), 300))
+
+
 def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_most_likely(
     saved: tuple[Path, EngramLM, Tokenizer],
 ) -> None:
