@@ -311,7 +311,7 @@ def fuse_memory(
         conv_norm,
         conv_weight,
         documents,
-        past_values,
+        past_values if past_values is None else past_values.to(kv_type),
         past_scales,
         eps,
         squash,

@@ -150,12 +150,13 @@ def test_a_copied_state_goes_its_own_way_and_does_not_copy_the_tables() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_model_in_bfloat16_decodes_as_it_computes(shape: str) -> None:
-    model, ids = model_of(**SHAPES[shape]).to(torch.bfloat16).eval(), torch.randint(0, V, (2, T))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_decodes_as_it_computes(shape: str, dtype: torch.dtype) -> None:
+    model, ids = model_of(**SHAPES[shape]).to(dtype).eval(), torch.randint(0, V, (2, T))
     state = model.init_state(2, capacity=T)
     logits = torch.cat([step(model, part, state) for part in ids.split([6] + [1] * 11, 1)], 1)
     whole = uncached(model, ids)
-    assert logits.dtype == torch.bfloat16
+    assert logits.dtype == dtype
     assert (logits - whole).abs().max() < 0.1 * whole.abs().max()
 
 
