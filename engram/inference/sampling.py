@@ -40,13 +40,13 @@ class Sampling:
         require(self.top_k >= 0, "top_k", self.top_k, "1 or more (0: all)")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, to 1")
         require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
-        allowed = 0 < self.repetition_penalty < math.inf
-        require(allowed, "repetition_penalty", self.repetition_penalty, "above 0")
+        allowed = 1e-6 <= self.repetition_penalty <= 1e6
+        require(allowed, "repetition_penalty", self.repetition_penalty, "1e-6 to 1e6")
 
-    def draw(self, logits: Tensor, occurred: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, logits: Tensor, occurred: Tensor, numbers: Tensor | None = None) -> Tensor:
         """Tokens `[B]` drawn from logits `[B, V]`; `occurred` `[B, V]` says which ids came before.
 
-        The generator must be on the device of `logits`.
+        `numbers` `[B]`, uniform in [0, 1), decide each draw; new ones if None.
         """
         logits = logits.float()
         if self.repetition_penalty != 1:
@@ -56,7 +56,11 @@ class Sampling:
             return logits.argmax(-1)
         logits = logits - logits.amax(-1, keepdim=True)  # so that none overflows, however small the temperature
         kept = self._cut(logits / self.temperature)
-        return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(-1)
+        below = kept.softmax(-1).double().cumsum(-1)  # probability of a token and those before it
+        if numbers is None:
+            numbers = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
+        # Of the whole as rounded, so that a number below 1 never leads beyond it.
+        return torch.searchsorted(below, numbers.unsqueeze(-1) * below[:, -1:], right=True).squeeze(-1)
 
     def _cut(self, logits: Tensor) -> Tensor:
         """Logits with -inf for what is not drawn."""

@@ -51,9 +51,11 @@ class TextGenerator:
             settings: `sampling`, `seed`, `compiled` of `engram.inference.generate.stream`.
 
         Raises:
-            ConfigError: as `engram.inference.generate.stream`; an empty stop text; a prompt that is no Unicode text,
-                such as one from bytes that are not UTF-8.
+            ConfigError: as `engram.inference.generate.stream`; one text in the place of several; an empty stop text; a
+                prompt that is no Unicode text, such as one from bytes that are not UTF-8.
         """
+        for name, texts in (("prompts", prompts), ("stop", stop)):
+            require(not isinstance(texts, str), name, texts, "a list of texts")
         require(all(stop), "stop", list(stop), "texts that are not empty")
         for text in prompts:
             require(not _SURROGATE.search(text), "prompt", text, "Unicode text (UTF-8, where it came from bytes)")

@@ -67,6 +67,22 @@ def test_sampling_is_repeated_by_its_seed_and_differs_without() -> None:
     assert len({str(draw) for draw in draws}) == 4
 
 
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_the_others() -> None:
+    model, settings = model_of(50, tied=True), {"sampling": Sampling(temperature=2.0), "seed": 3}
+    prompts = [[3], [7, 0, 0, 12, 4], [0, 9]]
+    alone = [generate(model, [prompt], 20, **settings)[0] for prompt in prompts]
+    assert generate(model, prompts, 20, **settings) == alone
+    assert generate(model, prompts[::-1], 20, **settings) == alone[::-1]
+    assert len({tuple(new) for new in alone}) == 3
+
+
+def test_equal_prompts_are_continued_in_ways_of_their_own() -> None:
+    model, settings = model_of(50, tied=True), {"sampling": Sampling(temperature=2.0), "seed": 3}
+    new = generate(model, [[1, 2]] * 6 + [[5]], 12, **settings)
+    assert len({tuple(each) for each in new}) == 7
+    assert new[:2] == generate(model, [[1, 2], [5], [1, 2]], 12, **settings)[::2]
+
+
 def test_a_stop_token_ends_its_sequence_alone() -> None:
     model = model_of(50)
     prompts = [[3], [7, 0, 0, 12, 4]]
@@ -177,6 +193,11 @@ def test_what_cannot_be_continued_is_refused(tokenizer: Tokenizer) -> None:
         ("token's logit is \\[nan\\]", lambda: generate(diverged, [[1]], 3)),
         ("prompt is 'a\\\\udcff'", lambda: TextGenerator(model, tokenizer).generate(["a\udcff"], 3)),
         ("token id is 290", lambda: generate(model, [[290]], 3)),
+        ("token id is -1", lambda: generate(model, [[4], [5, -1]], 3)),
+        (f"token id is {2**70}", lambda: generate(model, [[2**70]], 3)),
+        ("prompt is 'a': allowed is token ids", lambda: generate(model, ["a"], 3)),
+        ("prompts is 'def f': allowed is a list", lambda: TextGenerator(model, tokenizer).generate("def f", 3)),
+        ("stop is 'ab': allowed is a list", lambda: TextGenerator(model, tokenizer).generate(["a"], 3, stop="ab")),
         ("length of a prompt in tokens is 0", lambda: TextGenerator(model, tokenizer).generate([""], 3)),
         ("stop is \\[''\\]", lambda: TextGenerator(model, tokenizer).generate(["a"], 3, stop=[""])),
         ("ids of the tokenizer is", lambda: TextGenerator(model_of(50), tokenizer)),

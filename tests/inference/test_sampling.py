@@ -73,12 +73,25 @@ def test_draws_are_as_frequent_as_transformers_says(sampling: Sampling) -> None:
     probabilities = by_transformers(sampling, logits.clone(), seen)[0]
     n = 20_000
     occurred = torch.zeros(n, V, dtype=torch.bool).scatter_(1, seen.expand(n, -1), True)
-    counts = sampling.draw(logits.expand(n, -1), occurred, torch.Generator().manual_seed(1)).bincount(minlength=V)
+    counts = sampling.draw(logits.expand(n, -1), occurred).bincount(minlength=V)
     possible = probabilities > 0
     assert counts[~possible].sum() == 0
     assert (
         chisquare(counts[possible], n * probabilities[possible].double() / probabilities.double().sum()).pvalue > 1e-4
     )
+
+
+def test_the_numbers_given_decide_in_the_order_of_tokens_none_that_cannot_be_drawn() -> None:
+    logits = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).log()
+    numbers = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-53], dtype=torch.float64)
+    drawn = Sampling().draw(logits.expand(6, -1), torch.zeros(6, 6, dtype=torch.bool), numbers)
+    assert drawn.tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_strongest_penalties_leave_something_to_draw(penalty: float) -> None:
+    logits, occurred = 100 * torch.randn(50, V), torch.rand(50, V) < 0.9
+    Sampling(repetition_penalty=penalty, temperature=1e-6).draw(logits, occurred)
 
 
 def test_a_temperature_of_zero_takes_the_likeliest() -> None:
@@ -104,6 +117,8 @@ def test_no_temperature_is_too_low_and_no_logit_too_large_to_draw() -> None:
         ("top_p", 1.5),
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-38),
+        ("repetition_penalty", 2e6),
     ],
 )
 def test_a_setting_out_of_range_is_named(name: str, value: float) -> None:
