@@ -58,7 +58,9 @@ def stream(
         require(0 <= worst < n, "token id", worst, f"0 to {n - 1}")
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
     require(seed is None or -(2**63) <= seed < 2**64, "seed", seed, "-2**63 to 2**64 - 1")
-    return _stream(model, ids, longest, max_new_tokens, sampling, frozenset(stop_ids), seed, compiled)
+    return _stream(
+        model, ids, longest, max_new_tokens, sampling, frozenset(map(operator.index, stop_ids)), seed, compiled
+    )
 
 
 @torch.no_grad()

@@ -89,7 +89,8 @@ def test_a_stop_token_ends_its_sequence_alone() -> None:
     free = generate(model, prompts, 20)
     stop = free[0][5]
     cut = [list(itertools.takewhile(lambda token: token != stop, new)) for new in free]
-    assert generate(model, prompts, 20, stop_ids=[stop]) == cut
+    for stop_ids in ([stop], torch.tensor([stop])):
+        assert generate(model, prompts, 20, stop_ids=stop_ids) == cut
     steps = list(stream(model, prompts, 20, stop_ids=[stop]))
     assert len(steps) == max(map(len, cut))
     assert steps[-1].count(None) == sum(len(new) < len(steps) for new in cut)
