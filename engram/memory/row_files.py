@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,12 +52,13 @@ def write_rows(path: Path, parts: Iterable[Tensor], n_rows: int, fmt: RowFormat)
         allowed = not path.exists() or _is_table(path, ours, n_rows)
         require(allowed, "path", str(path), f"free, or a table of {n_rows} rows to replace ({ours})")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
+        with draft.open("wb") as file, ThreadPoolExecutor(1) as beside:
             file.write(_signed(ours, entry, ["0" * 64] * -(-size // BLOCK)))  # the room that it will take
             for part in parts:
                 data = part.cpu().reshape(-1).numpy().data
-                seen.update(data)
+                hashed = beside.submit(seen.update, data)
                 file.write(data)
+                hashed.result()
             file.seek(0)
             file.write(_signed(ours, entry, seen.all()))
             file.flush()
