@@ -40,7 +40,6 @@ _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG = "config.json", "tokenizer.json", "token
 _FOR_TRANSFORMERS = {"model_type": "engram", "architectures": ["EngramForCausalLM"]}
 _LOOKUP = "token_lookup"
 TRAINED_WITH = "trained_with"  # the origin in a config.json of transformers, which writes its own metadata
-_CHECKED_TABLE_BYTES = CHECKED_BYTES
 _NO_CHECKSUMS = f"there is no {CHECKSUMS}"
 
 
@@ -169,7 +168,7 @@ def _checked(
     config = read_config(folder)
     headers, saved = _open(folder)
     if saved is not None:
-        _require_undamaged(headers, saved, None if verify else _CHECKED_TABLE_BYTES)
+        _require_undamaged(headers, saved, None if verify else CHECKED_BYTES)
     elif verify:
         raise ConfigError(_NO_CHECKSUMS)
     else:

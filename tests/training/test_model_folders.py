@@ -206,7 +206,7 @@ def test_tensors_lie_where_their_type_may_lie_whoever_wrote_the_file(tmp_path: P
 def test_a_large_table_is_verified_when_asked_and_its_size_always(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(weights, "_CHECKED_TABLE_BYTES", 1000)
+    monkeypatch.setattr(weights, "CHECKED_BYTES", 1000)
     path = folder / WEIGHTS
     start, end = spans(path)[TABLE]
     assert main(["verify", str(folder)]) == 0
