@@ -166,8 +166,16 @@ class Attachment(nn.Module):
             call.past = past_of(cache, self.memory) or Past(self.memory, len(ids), self.slack)
         elif self._will_make_cache(given):
             call.past = Past(self.memory, len(ids), self.slack)
-        padding_mask = _padding_mask(given.get("attention_mask"), ids, 0 if call.past is None else call.past.seen)
-        documents = _documents(given, ids) if padding_mask is None and cache is None else None
+        mask = full = given.get("attention_mask")
+        if isinstance(mask, dict):  # by the kind of a block's attention: chunks, too, hide from a token the one before
+            full = mask.get("full_attention")
+            mask = next(iter(mask.values()), None) if full is None else full
+        seen = 0 if call.past is None else call.past.seen
+        padding_mask, documents = _padding_mask(mask, ids, seen), None
+        if padding_mask is not None:
+            documents = None if full is None or full.ndim == 2 else _documents_by_mask(full, padding_mask, seen)
+        elif cache is None:
+            documents = _documents(given, ids)
         call.before = {} if call.past is None else call.past.before(call.n_tokens)
         for name, layer in self._layers().items():
             device = layer.project.weight.device
@@ -320,18 +328,40 @@ def _padding_mask(mask: Any, ids: Tensor, past: int) -> Tensor | None:
     B, T = ids.shape
     if mask is None:
         return None
-    if isinstance(mask, dict):  # by the kind of a block's attention
-        mask = mask.get("full_attention")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, past : past + T].bool() if mask.shape[1] >= past + T else mask[:, -T:].bool()
-    if isinstance(mask, Tensor) and mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
-        itself = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)
-        return (itself if itself.dtype == torch.bool else itself == 0).expand(B, -1)
-    shown = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-    raise ConfigError(
-        f"attention_mask is {shown}: allowed with memory attached is [B, past + T], or [B, 1, T, positions] of bool or "
-        "float for full attention"
-    )
+        real = mask[:, past : past + T].bool() if mask.shape[1] >= past + T else mask[:, -T:].bool()
+    elif isinstance(mask, Tensor) and mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
+        # New tokens come right after past ones, or last where a sliding window has let positions go.
+        itself = mask[:, 0].diagonal(offset=min(past, mask.shape[-1] - T), dim1=-2, dim2=-1)
+        real = (itself if itself.dtype == torch.bool else itself == 0).expand(B, -1)
+    else:
+        real = None
+    if real is None or real.shape != ids.shape:
+        shown = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ConfigError(
+            f"attention_mask is {shown} for ids of {tuple(ids.shape)}: allowed with memory attached is [B, past + T], "
+            "or [B, 1, T, positions] of bool or float"
+        )
+    return real
+
+
+def _documents_by_mask(mask: Tensor, real: Tensor, past: int) -> Tensor | None:
+    """Documents `[B, T]` of a mask `[B, 1, T, positions]`: one starts at each token that does not see the one
+    before it, neither being padding. The last is number 0.
+
+    Raises `ConfigError` for a start among tokens that follow past ones: which document those belong to is not kept.
+    """
+    sees = mask[:, 0, 1:].diagonal(offset=min(past, mask.shape[-1] - real.shape[1]), dim1=-2, dim2=-1)
+    starts = ~(sees if sees.dtype == torch.bool else sees == 0) & real[:, 1:] & real[:, :-1]
+    if past:
+        if not torch.compiler.is_compiling() and starts.any():
+            raise ConfigError(
+                "attention_mask hides from a token the one before it: allowed with memory attached is that (a new "
+                "document) in the first call of a cache"
+            )
+        return None
+    number = nn.functional.pad(starts.cumsum(1), (1, 0))
+    return number[:, -1:] - number
 
 
 def _documents(given: dict[str, Any], ids: Tensor) -> Tensor | None:

@@ -145,6 +145,19 @@ def test_documents_packed_by_positions_see_nothing_of_each_other() -> None:
     assert not torch.allclose(packed, logits(model, ids), atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_documents_packed_by_a_mask_see_nothing_of_each_other(dtype: torch.dtype) -> None:
+    model, ids = host(), some_ids(1, 12)
+    attached(model)
+    seen = torch.block_diag(torch.ones(2, 2), torch.ones(3, 3), torch.ones(7, 7)).tril().bool()
+    seen[:2] = False  # padding before two documents
+    mask = seen if dtype == torch.bool else torch.zeros(12, 12).masked_fill(~seen, torch.finfo(dtype).min)
+    positions = torch.tensor([[0, 0, *range(3), *range(7)]])
+    packed = logits(model, ids, position_ids=positions, attention_mask=mask[None, None])[:, 2:]
+    apart = torch.cat([logits(model, ids[:, 2:5]), logits(model, ids[:, 5:])], 1)
+    torch.testing.assert_close(packed, apart, atol=1e-5, rtol=1e-5)
+
+
 def test_the_tokenizer_is_found_where_the_model_was_loaded_from(tmp_path: Path) -> None:
     tokenizer = words_tokenizer()
     host().save_pretrained(tmp_path)
@@ -253,7 +266,7 @@ def test_embeddings_without_ids_are_refused() -> None:
 def test_a_mask_that_does_not_say_what_is_padding_is_refused() -> None:
     model, ids = host(), some_ids(2, 9)
     attached(model)
-    for mask in (torch.ones(2, 1, 9, 9, dtype=torch.int64), torch.ones(9), {"sliding_attention": torch.ones(2, 9)}):
+    for mask in (torch.ones(2, 1, 9, 9, dtype=torch.int64), torch.ones(9), {"sliding_attention": torch.ones(9)}):
         with pytest.raises(ConfigError, match="attention_mask is"):
             model(ids, attention_mask=mask)
 
