@@ -1,4 +1,4 @@
-"""Memory added to any decoder-only transformers model, through hooks: `attach(model, layers=(1, 5), memory=...)`.
+"""Memory added to a decoder-only transformers model, through hooks: `attach(model, layers=(1, 5), memory=...)`.
 
 A hook on the decoder sees ids, mask and cache and begins to bring rows; one on each chosen block adds the memory's
 update to what the block reads. The layer is arXiv:2601.07372's, with one residual branch; its output is zero at first.
@@ -65,10 +65,12 @@ class Attachment(nn.Module):
         self.gates: dict[int, Tensor] = {}
         self._host = (host,)  # in a tuple, so that the model is not a submodule of its own memory
         self._calls: list[_Call] = []  # a stack, for a forward pass inside another
+        self._outer_ids: list[Any] = []  # another, of the module around the decoder
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
         self._kept_from_saving: Any = None
-        self._arguments = tuple(inspect.signature(host.decoder.forward).parameters)
+        self._arguments = _names_of_arguments(host.decoder)
+        self._names = frozenset(self.state_dict())
         with torch.no_grad():
             for layer in self._layers().values():
                 _make_silent(layer)
@@ -129,7 +131,7 @@ class Attachment(nn.Module):
         """Put the memory into the model."""
         host = self._host[0]
         for name, layer in self._layers().items():
-            layer.to(next(host.blocks[int(name)].parameters()).device)
+            layer.to(_device_of(host.blocks[int(name)]))
         if freeze_backbone:
             adapters = _parameters_of_adapters(host.model)
             self._frozen = [p for p in host.model.parameters() if p.requires_grad and p not in adapters]
@@ -142,7 +144,14 @@ class Attachment(nn.Module):
         own = {f"{_NAME}.{name}" for name in self.state_dict()}
         own |= {f"{_NAME}.{name}.records" for name, *_ in tables_in(self)}  # which they have when they are quantized
         host.model._keys_to_ignore_on_save = {*(self._kept_from_saving or ()), *own}
-        self._handles = [
+        if host.around is not None:
+            self._handles = [
+                host.around.register_forward_pre_hook(
+                    functools.partial(self._note_ids, _names_of_arguments(host.around)), with_kwargs=True
+                ),
+                host.around.register_forward_hook(self._forget_ids, always_call=True),
+            ]
+        self._handles += [
             host.decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             host.decoder.register_forward_hook(self._end, with_kwargs=True, always_call=True),
             *(
@@ -151,15 +160,37 @@ class Attachment(nn.Module):
             ),
         ]
 
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments by name."""
+        return dict(zip(self._arguments, args, strict=False)) | kwargs
+
+    def _note_ids(
+        self, names: tuple[str, ...], around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Before the module around the decoder, which in a multimodal model is the last to be given ids."""
+        self._outer_ids.append((dict(zip(names, args, strict=False)) | kwargs).get("input_ids"))
+
+    def _forget_ids(self, *_: Any) -> None:
+        self._outer_ids.pop()
+
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the decoder: look the rows of all layers up."""
         call = _Call()
         self._calls.append(call)  # first of all: `_end` takes it off, whatever fails here
-        given = dict(zip(self._arguments, args, strict=False)) | kwargs
-        ids, cache = given.get("input_ids"), _cache_among(given)
+        given = self._given(args, kwargs)
+        ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), _cache_among(given)
+        if ids is None and self._outer_ids:
+            ids = self._outer_ids[-1]
         if ids is None:
             raise ConfigError(
                 "input_ids is None: the attached memory reads token ids, and `inputs_embeds` alone does not say them"
+            )
+        if embeds is not None:
+            require(
+                embeds.shape[:2] == ids.shape,
+                "shape of input_ids",
+                tuple(ids.shape),
+                f"{tuple(embeds.shape[:2])}, as of inputs_embeds",
             )
         call.n_tokens = ids.shape[1]
         if cache is not None:
@@ -209,6 +240,8 @@ class Attachment(nn.Module):
             return
         self.gates = call.gates
         cache = _cache_among(dict(enumerate(output)) if isinstance(output, tuple) else output)
+        if cache is None:  # not every decoder gives back the one it was given
+            cache = _cache_among(self._given(args, kwargs))
         if call.past is not None and cache is not None and len(call.after) == len(self.memory):
             call.past.after(call.after, call.n_tokens)
             keep_on(cache, call.past)
@@ -261,7 +294,7 @@ def attach(
     require(config.layers[-1] < n, "layers", config.layers, f"block indices below {n}, the blocks of {name}")
     compressor = None
     if config.compress:
-        tokenizer = find_tokenizer(host.model, tokenizer)
+        tokenizer = find_tokenizer(host, tokenizer)
         compressor = TokenCompressor.from_tokenizer(tokenizer, host.vocab_size)
     attachment = Attachment(host, config, tokenizer, compressor, slack)
     attachment._enter(freeze_backbone)
@@ -307,11 +340,22 @@ def _make_silent(layer: Engram) -> None:
         layer.project.weight[-layer.config.d_model :].zero_()
 
 
+def _device_of(block: nn.Module) -> torch.device:
+    """Where a block computes: accelerate's hooks say so of one whose weights it keeps elsewhere."""
+    hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
+    devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+    return torch.device(devices[0]) if devices else next(block.parameters()).device
+
+
 def _parameters_of_adapters(model: nn.Module) -> set[nn.Parameter]:
     """What peft has added to a model's layers."""
     names = [(module, name) for module in model.modules() for name in getattr(module, "adapter_layer_names", ())]
     added = [getattr(module, name, None) for module, name in names]
     return {p for part in added if isinstance(part, nn.Module) for p in part.parameters()}
+
+
+def _names_of_arguments(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)
 
 
 def _cache_among(given: Any) -> Any:

@@ -134,7 +134,12 @@ def past_of(cache: Any, memories: nn.ModuleDict) -> Past | None:
     if past is not None and past.memories() is not memories:
         past = None
     seen = 0 if past is None else past.seen
-    held = cache.get_seq_length()
+    try:
+        held = cache.get_seq_length()
+    except ValueError:  # layers of linear attention alone don't count tokens
+        if not seen and cache.has_previous_state():
+            raise ConfigError("cache holds tokens that the memory has not seen: fill it with memory attached") from None
+        return past
     # Of a static cache it is a tensor, whose value a compiled graph doesn't know.
     if not (torch.compiler.is_compiling() and isinstance(held, Tensor)) and int(held) != seen:
         raise ConfigError(

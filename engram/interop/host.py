@@ -21,12 +21,13 @@ from engram.memory import TokenCompressor
 class Host:
     """The parts of a decoder-only model that memory has to do with.
 
-    model: the transformers model, without what peft put around it. decoder: the module of it that is called with ids
-    and runs the blocks.
+    model: the transformers model, without what peft put around it. decoder: the module of it that runs the blocks.
+    around: the one that calls it, None where the decoder is the model.
     """
 
     model: PreTrainedModel
     decoder: nn.Module
+    around: nn.Module | None
     blocks: nn.ModuleList
     hidden_size: int
     vocab_size: int
@@ -41,18 +42,31 @@ class Host:
         )
         decoder, config = inner.get_decoder(), inner.config.get_text_config()
         n = config.num_hidden_layers
-        found = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module) == n]
+        # What a few models name `decoder` is their head, and a few name nothing.
+        if not _block_lists(decoder, n) and inner.can_generate():
+            parts = [module for module in inner.modules() if isinstance(module, PreTrainedModel)]
+            decoder = next((module for module in parts if _block_lists(module, n)), inner)
+        found = _block_lists(decoder, n)
         require(
-            len(found) == 1, f"block lists in {type(decoder).__name__}", len(found), f"one, of {n} (num_hidden_layers)"
+            len(found) == 1,
+            f"number of block lists in {type(decoder).__name__}",
+            len(found),
+            f"one list, of {n} blocks (num_hidden_layers)",
         )
-        return cls(inner, decoder, found[0], config.hidden_size, inner.get_input_embeddings().weight.shape[0])
+        around = next((module for module in inner.modules() if decoder in module.children()), None)
+        size = inner.get_input_embeddings().weight.shape[0]
+        return cls(inner, decoder, around, found[0], config.hidden_size, size)
 
 
-def find_tokenizer(model: PreTrainedModel, tokenizer: Any | None) -> Any:
+def _block_lists(module: nn.Module, n: int) -> list[nn.ModuleList]:
+    return [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) == n]
+
+
+def find_tokenizer(host: Host, tokenizer: Any | None) -> Any:
     """The tokenizer given, or the one saved where the model was loaded from. Raises `ConfigError` if there is none."""
     if tokenizer is not None:
         return tokenizer
-    name, way_out = model.config.name_or_path, "`tokenizer=`, or `compress=False` in the memory to hash raw ids"
+    name, way_out = host.model.config.name_or_path, "`tokenizer=`, or `compress=False` in the memory to hash raw ids"
     if not name:
         raise ConfigError(f"tokenizer is None, and the model was loaded from nowhere: give {way_out}")
     try:

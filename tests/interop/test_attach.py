@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from attach_hosts import BLOCKS, HOSTS, LAYERS, MEMORY, D, V, attached, host, some_ids, words_tokenizer
+from attach_hosts import BLOCKS, HOSTS, LAYERS, MEMORY, SIZES, D, V, attached, host, some_ids, words_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    CLIPVisionConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from engram import ConfigError, TokenCompressor
 from engram.inference import offload, offloaded_tables
@@ -84,6 +101,60 @@ def test_a_headless_model_takes_memory_too() -> None:
         before = model(ids).last_hidden_state
         attached(model)
         assert not torch.allclose(model(ids).last_hidden_state, before)
+
+
+def modernbert_decoder() -> PreTrainedModel:
+    sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    return ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**sizes, cls_token_id=1, sep_token_id=2))
+
+
+def llama4() -> PreTrainedModel:
+    sizes = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    return Llama4ForCausalLM(Llama4TextConfig(**SIZES, **sizes))
+
+
+@pytest.mark.parametrize("make", [llama4, modernbert_decoder])
+def test_blocks_are_found_where_get_decoder_does_not_say(make: Callable[[], PreTrainedModel]) -> None:
+    model, ids = make().eval(), some_ids(2, 9)
+    before = logits(model, ids)
+    attached(model)
+    assert set(model.engram._host[0].blocks) == set(model.model.layers)
+    assert not torch.allclose(logits(model, ids), before)
+
+
+def test_a_multimodal_model_is_given_ids_around_its_decoder() -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images = CLIPVisionConfig(**vision, image_size=16, patch_size=8)
+    text = LlamaConfig(**SIZES)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=images, text_config=text, image_token_id=80)).eval()
+    ids, plain = some_ids(2, 9), host()
+    plain.model.load_state_dict(model.model.language_model.state_dict())
+    plain.lm_head.load_state_dict(model.lm_head.state_dict())
+    for one in (model, plain):
+        attached(one)
+    expected = logits(plain, ids)
+    assert torch.equal(logits(model, ids), expected)
+    with torch.no_grad():
+        inner, its = (one(ids, use_cache=False).last_hidden_state for one in (model.model, plain.model))
+        assert torch.equal(inner, its)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    with pytest.raises(ConfigError, match="input_ids is None"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+    assert torch.equal(logits(model, ids), expected)  # nothing of the failed call is left
+
+
+def test_memory_is_where_a_block_computes_whose_weights_are_offloaded(tmp_path: Path) -> None:
+    host().save_pretrained(tmp_path)
+    places: dict[str, Any] = dict.fromkeys(
+        ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    places["model.layers.2"] = "disk"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
+    whole, ids = host(), some_ids(2, 9)
+    attached(model.eval()).save(tmp_path / "memory")
+    attached(whole)
+    assert torch.equal(logits(model, ids), logits(whole, ids))
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -246,6 +317,8 @@ def test_what_can_not_be_attached_is_refused_by_name() -> None:
     t5 = T5Config(vocab_size=V, d_model=16, d_kv=8, d_ff=16, num_layers=3, num_heads=2)
     refused("without encoder", model=T5ForConditionalGeneration(t5))
     refused("PreTrainedModel", model=torch.nn.Linear(2, 2))
+    bert = BertLMHeadModel(BertConfig(**SIZES, is_decoder=True))  # whose blocks are a module further down
+    refused("number of block lists in .* is 0: allowed is one list, of 3 blocks", model=bert)
 
 
 def test_a_second_memory_is_refused() -> None:

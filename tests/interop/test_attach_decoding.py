@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from attach_hosts import CACHE, HOSTS, LAYERS, MEMORY, V, attached, host, some_ids
+from attach_hosts import CACHE, HOSTS, LAYERS, MEMORY, SIZES, V, attached, host, some_ids
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    StaticCache,
+)
 from transformers.cache_utils import StaticLayer
 
 from engram import ConfigError
@@ -95,6 +109,48 @@ def test_generation_writes_what_it_writes_without_a_cache(name: str, way: str) -
         written.append(model.generate(ids, use_cache=use_cache, **options))
     assert torch.equal(*written)
     assert len(written[0].unique()) > 10
+
+
+def mistral() -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6))
+
+
+def qwen2() -> PreTrainedModel:
+    windows = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 0}
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, **windows))
+
+
+def mamba() -> PreTrainedModel:
+    sizes = {name: SIZES[name] for name in SIZES if name.endswith("token_id")}
+    return MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=3, state_size=4, **sizes))
+
+
+def recurrent_gemma() -> PreTrainedModel:
+    kinds = ["recurrent", "recurrent", "attention"]
+    sizes = {"lru_width": 32, "attention_window_size": 6, "head_dim": 8, "block_types": kinds}
+    return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SIZES, **sizes))
+
+
+UNLIKE: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    "sliding windows alone": (mistral, {"cache_implementation": "static"}),
+    "sliding windows alone, prompt in chunks": (mistral, {"cache_implementation": "static", "prefill_chunk_size": 3}),
+    "sliding windows by kind of block": (qwen2, {"cache_implementation": "static"}),
+    "a cache that counts no tokens": (mamba, {}),
+    "a cache that is not given back": (recurrent_gemma, {}),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_models_whose_masks_or_caches_are_unlike_others_write_what_they_write_without(kind: str) -> None:
+    make, way = UNLIKE[kind]
+    torch.manual_seed(0)
+    model = make().eval()
+    attached(model)
+    ids, mask = left_padded(2, 8)
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    written = model.generate(ids, **options, **way)
+    assert torch.equal(written, model.generate(ids, use_cache=False, **options))
+    assert len(written.unique()) > 10
 
 
 @pytest.mark.parametrize("n", [1, 5, 40])
@@ -201,6 +257,24 @@ def test_a_cache_that_memory_has_not_seen_filled_is_refused() -> None:
     attach(model, LAYERS, MEMORY)
     with pytest.raises(ConfigError, match="cache holds 5 tokens, and the memory has seen 0"):
         logits(model, ids[:, 5:], **{CACHE: filled})
+
+
+def test_a_cache_that_counts_no_tokens_is_refused_too_if_it_holds_some() -> None:
+    model, ids = mamba().eval(), some_ids(1, 9)
+    with torch.no_grad():
+        output = model(ids[:, :5], use_cache=True)
+        cache = output.get("cache", output.get("cache_params"))
+        attached(model)
+        with pytest.raises(ConfigError, match="cache holds tokens that the memory has not seen"):
+            model(ids[:, 5:], cache)
+
+
+def test_a_document_that_starts_after_the_first_call_of_a_cache_is_refused(llama: PreTrainedModel) -> None:
+    ids, cache, mask = some_ids(1, 9), new_cache(llama), torch.ones(9, 9).tril().bool()[None, None]
+    logits(llama, ids[:, :5], **{CACHE: cache})
+    mask[:, :, 7:, :7] = False
+    with pytest.raises(ConfigError, match="attention_mask hides from a token the one before it"):
+        logits(llama, ids[:, 5:], attention_mask=mask[:, :, 5:], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("static", [False, True])
