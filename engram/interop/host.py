@@ -70,20 +70,33 @@ def find_tokenizer(host: Host, tokenizer: Any | None) -> Any:
     if not name:
         raise ConfigError(f"tokenizer is None, and the model was loaded from nowhere: give {way_out}")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the library raises whatever its many loaders raise
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"tokenizer is None, and {name!r} holds none: give {way_out}; {reason}") from error
+    if len(found) < host.vocab_size // 2:  # for some models the library makes one of special tokens from no files
+        raise ConfigError(
+            f"tokenizer is None, and the one of {name!r} has {len(found)} tokens, the model "
+            f"{host.vocab_size}: give {way_out}"
+        )
+    return found
+
+
+_NOT_OF_IDS = ("padding", "truncation", "post_processor")
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hex SHA-256 of what decides a tokenizer's ids. Padding and truncation don't, and calls change them."""
+    """Hex SHA-256 of what decides a tokenizer's ids. Padding, truncation and what is put around a text don't: calls and
+    wrappers change them."""
     fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(fast, "to_str"):
         parts = json.loads(fast.to_str())
-        text = json.dumps({name: part for name, part in parts.items() if name not in ("padding", "truncation")})
-    else:  # a tokenizer written in Python
-        text = json.dumps(sorted(fast.get_vocab().items()))
+        text = json.dumps({name: part for name, part in parts.items() if name not in _NOT_OF_IDS})
+    else:  # a tokenizer written in Python, or a list of tokens
+        tokens = (
+            fast.get_vocab().items() if hasattr(fast, "get_vocab") else ((token, i) for i, token in enumerate(fast))
+        )
+        text = json.dumps(sorted(tokens))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -35,6 +35,8 @@ from engram import ConfigError, TokenCompressor
 from engram.inference import offload, offloaded_tables
 from engram.interop import Attachment, attach
 
+COMPRESSED = dataclasses.replace(MEMORY, compress=True)
+
 
 def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
     with torch.no_grad():
@@ -234,12 +236,21 @@ def test_the_tokenizer_is_found_where_the_model_was_loaded_from(tmp_path: Path) 
     host().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    attachment = attached(model, memory=dataclasses.replace(MEMORY, compress=True))
+    attachment = attached(model, memory=COMPRESSED)
     lookup = attachment.memory["0"].reader.lookup
     assert torch.equal(lookup, TokenCompressor.from_tokenizer(tokenizer, V).lookup)
     one, other = (tokenizer.convert_tokens_to_ids(word) for word in ("W7", "w7"))
     assert one != other
     assert lookup[one] == lookup[other]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "olmoe"])
+def test_a_tokenizer_that_was_never_saved_is_refused(name: str, tmp_path: Path) -> None:
+    """For such a folder transformers makes one of special tokens alone."""
+    host(name).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    refused("tokenizer is None, and the one of .* tokens, the model 90", model=model, memory=COMPRESSED)
+    attach(model, LAYERS, COMPRESSED, tokenizer=["a", "b"])  # what is given is taken
 
 
 def test_a_deep_copy_has_memory_of_its_own() -> None:
@@ -311,8 +322,8 @@ def test_what_can_not_be_attached_is_refused_by_name() -> None:
     refused("memory.branches is 4", memory=dataclasses.replace(MEMORY, branches=4))
     refused("memory.rows", memory=dataclasses.replace(MEMORY, rows=(0, 0)))
     refused("memory.kind is 'over_encoding'", memory=dataclasses.replace(MEMORY, kind="over_encoding"))
-    refused("tokenizer is None", memory=dataclasses.replace(MEMORY, compress=True))
-    refused("tokenizer is 'int'", memory=dataclasses.replace(MEMORY, compress=True), tokenizer=3)
+    refused("tokenizer is None", memory=COMPRESSED)
+    refused("tokenizer is 'int'", memory=COMPRESSED, tokenizer=3)
     refused("slack is -1", slack=-1)
     t5 = T5Config(vocab_size=V, d_model=16, d_kv=8, d_ff=16, num_layers=3, num_heads=2)
     refused("without encoder", model=T5ForConditionalGeneration(t5))

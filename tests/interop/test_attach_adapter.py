@@ -12,6 +12,7 @@ import pytest
 import torch
 from attach_hosts import LAYERS, MEMORY, SIZES, attached, host, some_ids, words_tokenizer
 from safetensors import safe_open
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from engram import ConfigError
@@ -79,6 +80,13 @@ def test_padding_and_truncation_do_not_make_another_tokenizer(folder: Path) -> N
     tokenizer = words_tokenizer()
     tokenizer(["w1 w2", "w3"], padding=True, truncation=True, max_length=5)
     load_adapter(host(), folder, tokenizer=tokenizer)
+
+
+def test_what_a_tokenizer_puts_around_a_text_does_not_make_another(folder: Path) -> None:
+    tokenizer = words_tokenizer()
+    bare = tokenizer.backend_tokenizer
+    bare.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    load_adapter(host(), folder, tokenizer=bare)
 
 
 def smaller(**sizes: int) -> PreTrainedModel:
