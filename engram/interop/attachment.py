@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -83,9 +83,17 @@ class Attachment(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write the memory alone to a folder, from which `load_adapter` attaches it again; other files there stay.
 
-        Raises `ConfigError` naming the file when the disk refuses, or a table whose rows are quantized.
+        Raises `ConfigError` naming the file when the disk refuses, a table whose rows are quantized, or weights that
+        peft has put into the memory, which `load_adapter` could not place.
         """
         require_float_rows(self)
+        changed = sorted(self.state_dict().keys() ^ self._names)
+        require(
+            not changed,
+            "weights of the memory",
+            changed,
+            "those it was made with: `exclude_modules` of peft's config keeps it off",
+        )
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         return write_adapter(Path(folder), self.config, self.identity, tensors)
 
@@ -94,8 +102,12 @@ class Attachment(nn.Module):
         self._take(read_adapter(Path(folder)), Path(folder))
 
     def remove(self) -> None:
-        """Leave the model as it was: no hooks, no memory, and `requires_grad` of its parameters as before."""
+        """Leave the model as it was: no hooks, no memory, and `requires_grad` of its parameters as before.
+
+        Raises `ConfigError` if that is done already.
+        """
         host = self._host[0]
+        require(getattr(host.model, _NAME, None) is self, "attachment", "removed", "one that is attached")
         for handle in self._handles:
             handle.remove()
         for parameter in self._frozen:
@@ -280,8 +292,15 @@ def attach(
             no tokenizer where ids are to be compressed; a memory that is not read before blocks.
     """
     host = Host.of(model)
-    require(memory is not None, "memory", memory, "a MemoryConfig that says how many rows there are")
+    require(isinstance(memory, MemoryConfig), "memory", memory, "a MemoryConfig that says how many rows there are")
     assert memory is not None
+    given = memory.layers if layers is None else layers
+    require(
+        isinstance(given, Collection) and all(type(layer) is int for layer in given),
+        "layers",
+        given,
+        "block indices from 0",
+    )
     name = type(host.model).__name__
     require(not hasattr(host.model, _NAME), "model", name, f"one without an attribute {_NAME!r}: memory is attached")
     require(slack >= 0, "slack", slack, "0 or more")
@@ -289,7 +308,7 @@ def attach(
     for setting, size in sizes.items():
         own = getattr(memory, setting)
         require(own in (0, size), f"memory.{setting}", own, f"{size}, as of {name}, or 0 to take it")
-    chosen: dict[str, Any] = {**sizes, "layers": tuple(memory.layers if layers is None else layers)}
+    chosen: dict[str, Any] = {**sizes, "layers": tuple(given)}
     config = dataclasses.replace(memory, **chosen)
     require(config.layers[-1] < n, "layers", config.layers, f"block indices below {n}, the blocks of {name}")
     compressor = None

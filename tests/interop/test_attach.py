@@ -184,7 +184,10 @@ def test_a_model_is_as_it_was_when_memory_is_removed(freeze: bool) -> None:
         assert p.requires_grad == its.requires_grad, name
         assert torch.equal(p, its)
     assert torch.equal(logits(model, ids), logits(was, ids))
-    attached(model)  # and there is room for memory again
+    other = attached(model)  # and there is room for memory again
+    with pytest.raises(ConfigError, match="attachment is 'removed'"):
+        attachment.remove()
+    assert model.engram is other
 
 
 def test_only_memory_learns_and_all_of_it() -> None:
@@ -317,7 +320,10 @@ def refused(says: str, **options: Any) -> None:
 
 def test_what_can_not_be_attached_is_refused_by_name() -> None:
     refused(r"layers is \(0, 3\)", layers=(0, BLOCKS))
+    for layers in (1, (1.0,), ("1",)):
+        refused("layers is .*allowed is block indices from 0", layers=layers)
     refused("memory is None", memory=None)
+    refused("memory is {'rows': .*a MemoryConfig", memory={"rows": (10, 10)})
     refused("memory.d_model is 64", memory=dataclasses.replace(MEMORY, d_model=64))
     refused("memory.branches is 4", memory=dataclasses.replace(MEMORY, branches=4))
     refused("memory.rows", memory=dataclasses.replace(MEMORY, rows=(0, 0)))

@@ -240,6 +240,17 @@ def test_lora_and_memory_learn_together_are_saved_apart_and_come_off(order: str,
         assert torch.equal(plain(ids).logits, small_host()(ids).logits)
 
 
+def test_memory_that_peft_has_put_weights_into_is_not_saved(tmp_path: Path) -> None:
+    model = small_host()
+    attachment = attach(model, LAYERS, MEMORY)
+    peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ConfigError, match=r"weights of the memory .*project\.base_layer\.weight.*exclude_modules"):
+        attachment.save(tmp_path)
+    peft_model.unload()
+    attachment.save(tmp_path)
+    load_adapter(small_host(), tmp_path)
+
+
 def test_the_trainer_trains_lora_and_memory_and_keeps_both(tmp_path: Path) -> None:
     peft_model, attachment = with_lora("lora first")
     args = settings(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
