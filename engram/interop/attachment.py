@@ -285,7 +285,8 @@ def attach(
         memory: what it is. Hidden size and vocabulary are the model's, and there is one residual branch.
         freeze_backbone: stop the gradients of all that is there, but for parameters that peft has added.
         tokenizer: for the compression of ids; if None, the one in the folder or repository the model was loaded from.
-        slack: how many tokens `Cache.crop` can take back; assisted decoding may need more than its drafts are long.
+        slack: how many tokens `Cache.crop` can take back of single steps or of a cache's first call: in assisted
+            decoding, at least as many as a draft has.
 
     Raises:
         ConfigError: a model that is not decoder-only, has memory, or has other sizes than `memory`; a layer it has not;
