@@ -79,7 +79,7 @@ class Fusion(nn.Module):
         if state is not None and self.context:
             now = documents if documents is not None else torch.zeros_like(kv[..., 0], dtype=torch.int64)
             documents = torch.cat([state.documents, now], 1)
-            past_values, past_scales = state.values.to(kv.dtype), state.scales
+            past_values, past_scales = state.values, state.scales
         return fuse_memory(
             hidden_BTMD,
             kv,

@@ -125,6 +125,19 @@ def test_every_way_to_generate_is_the_same_with_and_without_the_cache(settings: 
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("way", ["weights", "autocast"])
+def test_logits_in_float16_are_those_without_a_cache_to_its_rounding(way: str) -> None:
+    model, ids = causal(), torch.randint(0, V, (2, 9))
+    if way == "weights":
+        model.half()
+    with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=way == "autocast"):
+        whole, cache = model(ids).logits, model(ids[:, :4], use_cache=True).cache
+        parts = [model(ids[:, t : t + 1], cache=cache).logits for t in range(4, 9)]
+    assert whole.dtype == torch.float16
+    # Of single products, and of some layers of them.
+    torch.testing.assert_close(torch.cat(parts, 1), whole[:, 4:], rtol=2**-8, atol=2**-8 * float(whole.abs().max()))
+
+
 def test_a_cache_given_back_goes_on_where_it_was() -> None:
     """A second turn of a conversation, as transformers shows it."""
     model, ids = causal().double(), torch.randint(0, V, (1, 6))

@@ -212,6 +212,20 @@ def test_a_tokenizer_other_than_the_models_is_refused(saved: tuple[Path, EngramL
         EngramHarness(path=str(saved[0]), device="cpu", tokenizer=train_bpe(iter(["quite another text"]), 300))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_texts_are_scored_and_written_in_narrow_types_too(saved: tuple[Path, EngramLM, Tokenizer], dtype: str) -> None:
+    folder, model, tokenizer = saved
+    harness = EngramHarness(path=str(folder), device="cpu", batch_size=2, dtype=dtype)
+    pair = requests("loglikelihood", ("The capital of", " Rome"))
+    ((score, _),) = harness.loglikelihood(pair, disable_tqdm=True)
+    assert score == pytest.approx(scored(model, tokenizer, "The capital of", " Rome"), rel=2e-2)
+    asked = [(row["prompt"], {"until": [], "max_gen_toks": 8}) for row in PROMPTS]
+    found = harness.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    # The likeliest token by far does not change with the type.
+    first = [continued(model, tokenizer, row["prompt"], 1) for row in PROMPTS]
+    assert [text.startswith(start) for text, start in zip(found, first, strict=True)] == [True] * len(PROMPTS)
+
+
 def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_most_likely(
     saved: tuple[Path, EngramLM, Tokenizer],
 ) -> None:

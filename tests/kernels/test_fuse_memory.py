@@ -181,6 +181,28 @@ def test_types_without_a_kernel_go_up_to_one_that_has(hidden: torch.dtype, kv: t
     torch.testing.assert_close(out.float(), fuse_memory(**wide).out, rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("now", "before"),
+    [
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_past_is_taken_in_any_type(now: torch.dtype, before: torch.dtype) -> None:
+    """As memory keeps it whose own type is not that of the hidden states, or of autocast."""
+    load_native()
+    a = cast(inputs(past=12), torch.float32)
+    a["hidden"], a["kv"], a["past_values"] = a["hidden"].to(now), a["kv"].to(now), a["past_values"].to(before)
+    out = fuse_memory(**a).out
+    assert out.dtype == now
+    tolerance = {torch.float64: 1e-12, torch.float16: 2**-10, torch.bfloat16: 2**-7}[now]
+    expected = fuse_memory(**cast(a, torch.float64)).out
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_gates_of_padding_are_told_but_not_used() -> None:
     a = inputs() | {"documents": torch.full((2, 9), -1)}
     fused = fuse_memory(**a)
