@@ -28,6 +28,7 @@ from transformers import (
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from engram.backbone import DecodingState, EngramLM
 from engram.backbone.block import Block
@@ -44,6 +45,12 @@ from engram.training.weights import TRAINED_WITH, require_float_rows, require_so
 _FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 _SLACK = 64  # tokens that a cache can give back at least, as assisted generation does with those that it rejects
 _ROOM = 128  # tokens by which a cache grows
+_NOT_SUPPORTED = ("inputs_embeds", "output_hidden_states", "output_attentions", "output_router_logits")
+_PACKING = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "seq_idx",
+)  # of transformers' collators, beside position_ids that say it too
 
 
 class EngramConfig(PretrainedConfig):
@@ -111,7 +118,9 @@ class _PastLayer(CacheLayerMixin):
         raise ConfigError("a cache of EngramForCausalLM stays on its device")
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.state.rollback(abs(tokens_to_remove))
+        allowed = "0 or less: minus the number of tokens to take back"
+        require(tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, allowed)
+        self.state.rollback(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.state.select(beam_idx.to(self.state.real.device))
@@ -250,9 +259,13 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lm.head
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """Raises `ConfigError` for another size: rows of the memory belong to this vocabulary's ids."""
         require(new_num_tokens in (None, self.vocab_size), "new_num_tokens", new_num_tokens, f"{self.vocab_size}")
+        fits = self.vocab_size % (pad_to_multiple_of or 1) == 0
+        require(fits, "pad_to_multiple_of", pad_to_multiple_of, f"none, or a divisor of {self.vocab_size}")
         return self.lm.embed
 
     def _prepare_cache_for_generation(
@@ -270,6 +283,7 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
             slack = max(_SLACK, *(2 * (most or 0) for most in candidates))
             model_kwargs["cache"] = EngramCache(self.lm.init_state(n, _ROOM, slack))
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as transformers' own models
     @can_return_tuple
     def forward(
         self,
@@ -290,7 +304,8 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
                 before the first token of a sequence.
             position_ids: `[B, T]`; without a cache and a mask, a document starts where they do not go on by one, as
                 transformers packs sequences. Not read otherwise: positions follow from the mask.
-            cache: of tokens before these, which takes these in. No gradient goes through it.
+            cache: of tokens before these, which takes these in. No gradient goes through it. `past_key_values` is its
+                older name.
             labels: `[B, T]`, shifted here, -100 where there is none: adds the mean loss, in nats, and in training the
                 routers' auxiliary losses. With `num_items_in_batch`, as transformers' Trainer gives it where it sums
                 gradients of several batches, this batch's part of the mean over all of their labels.
@@ -298,13 +313,17 @@ class EngramForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: how many last positions to give logits for (0: all), or which ones.
 
         Raises:
-            ConfigError: `inputs_embeds` (memory is read by ids), hidden states or attentions asked for; a mask of
-                another shape; a cache of another kind; the rest as `EngramLM.step`.
+            ConfigError: `inputs_embeds` (memory is read by ids), hidden states, attentions or router logits asked for;
+                a mask of another shape; a cache of another kind; tensors under other names than these; the rest as
+                `EngramLM.step`.
         """
         require(input_ids is not None, "input_ids", input_ids, "token ids: embeddings alone can't be looked up")
         assert input_ids is not None
-        for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
+        for name in _NOT_SUPPORTED:
             require(not _asked(kwargs.get(name)), name, type(kwargs.get(name)).__name__, "none: not supported")
+        for name, value in kwargs.items():
+            known = name == "num_items_in_batch" or (name in _PACKING and position_ids is not None)
+            require(known or not isinstance(value, Tensor | Cache), name, type(value).__name__, "none: it is not read")
         mask = attention_mask
         if mask is not None:
             shape = f"[{input_ids.shape[0]}, {input_ids.shape[1]}], or longer with a cache"

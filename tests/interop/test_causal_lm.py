@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from small_causal_lm import CONFIG, LOOKUP, V
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, DynamicCache
 
 from engram import ConfigError, EngramLM, ModelConfig
 from engram.inference import generate, offload
@@ -147,6 +147,26 @@ def test_a_cache_given_back_goes_on_where_it_was() -> None:
     assert torch.equal(again, model.generate(turn, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0))
 
 
+def test_a_cache_may_come_by_its_older_name() -> None:
+    model, ids = causal().double(), torch.randint(0, V, (2, 9))
+    cache = model(ids[:, :5], use_cache=True).cache
+    assert torch.equal(model(ids[:, 5:], past_key_values=deepcopy(cache)).logits, model(ids[:, 5:], cache=cache).logits)
+    with pytest.raises(ConfigError, match="cache is 'DynamicCache'"):
+        model(ids, past_key_values=DynamicCache())
+
+
+def test_a_cache_that_is_cropped_goes_on_before_the_tokens_that_were_taken_back() -> None:
+    """By a number below 0 alone: one above 0 has been how many to keep, and how many to take back."""
+    model, ids = causal().double(), torch.randint(0, V, (2, 9))
+    cache = model(ids, use_cache=True).cache
+    with pytest.raises(ConfigError, match="tokens_to_remove is 3: allowed is 0 or less"):
+        cache.crop(3)
+    cache.crop(0)
+    assert cache.get_seq_length() == 9
+    cache.crop(-3)
+    torch.testing.assert_close(model(ids[:, 6:], cache=cache).logits, model(ids).logits[:, 6:])
+
+
 def test_a_caches_sequences_are_multiplied_each_beside_its_own() -> None:
     model, ids = causal().double(), torch.randint(0, V, (2, 9))
     cache = model(ids[:, :6], use_cache=True).cache
@@ -173,6 +193,16 @@ def test_documents_packed_by_position_ids_are_apart() -> None:
     for part in ([0, 4], [4, 7], [7, 11]):
         alone = model(ids[:, slice(*part)]).logits
         torch.testing.assert_close(logits[:, slice(*part)], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_what_transformers_says_of_packing_beside_position_ids_changes_nothing() -> None:
+    model = causal()
+    texts = [{"input_ids": [3, 0, 5, 1]}, {"input_ids": [7, 1, 12]}]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(texts)
+    ids, positions, seq_idx = batch["input_ids"], batch["position_ids"], batch["seq_idx"]
+    assert torch.equal(model(**batch).logits, model(ids, position_ids=positions).logits)
+    with pytest.raises(ConfigError, match="seq_idx is 'Tensor': allowed is none"):
+        model(ids, seq_idx=seq_idx)
 
 
 def test_padding_on_either_side_changes_nothing() -> None:
@@ -332,7 +362,11 @@ def test_what_is_not_supported_is_refused() -> None:
         ("cache is 'DynamicCache'", lambda: model(ids, cache=DynamicCache())),
         ("inputs_embeds", lambda: model(ids, inputs_embeds=torch.randn(1, 3, 24))),
         ("output_hidden_states", lambda: model(ids, output_hidden_states=True)),
+        ("output_router_logits", lambda: model(ids, output_router_logits=True)),
+        ("atention_mask is 'Tensor': allowed is none", lambda: model(ids, atention_mask=torch.ones(1, 3))),
+        ("cache_params is 'EngramCache'", lambda: model(ids, cache_params=model(ids, use_cache=True).cache)),
         ("new_num_tokens is 50", lambda: model.resize_token_embeddings(50)),
+        ("pad_to_multiple_of is 64", lambda: model.resize_token_embeddings(pad_to_multiple_of=64)),
         (
             "attention.n_heads is missing",
             lambda: EngramForCausalLM(EngramConfig(**{**CONFIG, "attention": {"kind": "gqa"}})),
