@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tomllib
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from small_causal_lm import CONFIG, LOOKUP, V
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, DynamicCache
 
+import engram
 from engram import ConfigError, EngramLM, ModelConfig
 from engram.inference import generate, offload
 from engram.interop.causal_lm import EngramConfig, EngramForCausalLM
@@ -402,3 +404,12 @@ def test_what_transformers_saved_is_held_against_an_edited_config_too(tmp_path: 
     for load in (load_model, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ConfigError, match=r"memory\.seed is 5: the weights were trained with 0"):
             load(tmp_path)
+
+
+def test_the_extra_asks_for_the_transformers_that_the_tests_ask_for() -> None:
+    """Outputs of 5.23 have no `cache`."""
+    extras = tomllib.loads((Path(engram.__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    (asked,) = extras["transformers"]
+    assert asked in extras["test"]
