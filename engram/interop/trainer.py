@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from engram.config import require
 from engram.interop.attachment import Attachment
@@ -21,6 +22,7 @@ from engram.memory import MemoryTable, ReadOnlyTable
 from engram.training.optim import RowAdam, Together, clip_gradients
 
 FOLDER = "engram"  # of the memory, in a checkpoint's
+_OPTIM = ("adamw_torch", "adamw_torch_fused")
 
 
 def build_optimizer(
@@ -34,21 +36,22 @@ def build_optimizer(
 ) -> Together:
     """One optimiser over all trainable parameters of a model with memory.
 
-    Tables get `lr * table_lr_factor`; `weight_decay` goes to what has two dimensions or more, tables excepted. Raises
-    `ConfigError` where nothing is trainable.
+    Tables get `lr * table_lr_factor`; `weight_decay` goes to what has two dimensions or more, tables and norms
+    excepted. Raises `ConfigError` where nothing is trainable.
     """
     found = [m for m in model.modules() if isinstance(m, MemoryTable) and not isinstance(m, ReadOnlyTable)]
     tables = [table.weight for table in found if table.weight.requires_grad]
     held = set(tables)
-    rest = [p for p in model.parameters() if p.requires_grad and p not in held]
+    rest = {p: name for name, p in model.named_parameters() if p.requires_grad and p not in held}
     require(
         bool(tables or rest), "trainable parameters", 0, "some: `attachment.requires_grad_()` makes the memory's so"
     )
     optimizers: list[torch.optim.Optimizer] = []
     if rest:
+        decayed = {p for p, name in rest.items() if p.ndim >= 2 and not name.endswith("_norm")}
         groups = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in rest if p in decayed], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p not in decayed], "weight_decay": 0.0},
         ]
         optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps))
     if tables:
@@ -58,7 +61,7 @@ def build_optimizer(
 
 class MemoryTrainer(Trainer):
     """A `Trainer` for a model with memory attached, or for `EngramForCausalLM`, on one device; its arguments mean what
-    they do there.
+    they do there, and the optimiser is `build_optimizer`'s.
 
     Of attached memory a checkpoint has a folder of its own, `engram`, beside what the Trainer writes of the model
     (without the memory); `load_adapter` attaches it from there, and resuming goes on. Routers of `EngramForCausalLM`
@@ -69,7 +72,10 @@ class MemoryTrainer(Trainer):
         table_lr_factor: learning rate of tables over that of the rest.
 
     Raises:
-        ConfigError: a model without memory, or more than one device, whose row-sparse gradients would not be summed.
+        ConfigError: a model without memory, or more than one device, whose row-sparse gradients would not be summed; an
+            `optim` other than AdamW of torch (when training starts, unless an optimiser is given); of
+            `EngramForCausalLM` label smoothing, as the Trainer would not shift its labels, and, with experts, another
+            loss than its own, which balances them.
     """
 
     def __init__(self, *args: Any, table_lr_factor: float = 5.0, **kwargs: Any) -> None:
@@ -82,13 +88,21 @@ class MemoryTrainer(Trainer):
         require(found == 1, "models with memory", found, "one: EngramForCausalLM, or memory by `engram.interop.attach`")
         devices = self.args.world_size * max(self.args.n_gpu, 1)  # several in one process: DataParallel copies modules
         require(devices == 1, "devices to train on", devices, "one, for memory")
-        self.attachment = attached[0] if attached else None
         if own:
-            self.add_callback(_Balance(own[0]))
+            smoothing, loss = self.args.label_smoothing_factor, self.compute_loss_func
+            require(smoothing == 0, "label_smoothing_factor", smoothing, "0 for EngramForCausalLM")
+            allowed = "none: experts are balanced with the model's own loss"
+            require(loss is None or not own[0].lm.moe_layers(), "compute_loss_func", loss, allowed)
+            self.add_callback(_Balance())
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.accelerator.clip_grad_norm_ = self._clip  # torch's own knows no norm of row-sparse gradients
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The memory attached to the model, which `model_init` makes anew for each training."""
+        return next((module for module in self._own_model().modules() if isinstance(module, Attachment)), None)
 
     def _own_model(self) -> nn.Module:
         return cast(nn.Module, self.model)
@@ -101,8 +115,14 @@ class MemoryTrainer(Trainer):
         """`build_optimizer` with the settings of the training arguments, unless an optimiser was given."""
         if self.optimizer is None:
             args = self.args
+            optim = OptimizerNames(args.optim).value
+            require(optim in _OPTIM, "optim", optim, "one of " + ", ".join(_OPTIM))
+            other = self.optimizer_cls_and_kwargs
+            require(
+                other is None, "optimizer_cls_and_kwargs", other and other[0].__name__, "none; optimizers are taken"
+            )
             self.optimizer = build_optimizer(
-                self._own_model(),
+                self._own_model() if model is None else model,
                 args.learning_rate,
                 table_lr_factor=self.table_lr_factor,
                 weight_decay=args.weight_decay,
@@ -129,10 +149,9 @@ class MemoryTrainer(Trainer):
 
 
 class _Balance(TrainerCallback):
-    """Balances a model's routers after each step."""
+    """Balances the routers of the model in training after each step."""
 
-    def __init__(self, model: EngramForCausalLM) -> None:
-        self.model = model
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.model.update_balance()
+    def on_optimizer_step(self, *_: Any, **given: Any) -> None:
+        for module in given["model"].modules():
+            if isinstance(module, EngramForCausalLM):
+                module.update_balance()

@@ -168,6 +168,54 @@ def test_all_else_is_trained_and_resumed_around_frozen_rows_elsewhere(tmp_path: 
         assert torch.equal(models[1].state_dict()[name], tensor), name
 
 
+def test_the_memory_of_a_model_that_the_trainer_makes_is_saved_resumed_and_the_best_of_its_run(tmp_path: Path) -> None:
+    def made() -> PreTrainedModel:
+        model = small_host()
+        torch.manual_seed(4)
+        attach(model, LAYERS, MEMORY)
+        return model
+
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    args = settings(tmp_path, load_best_model_at_end=True, greater_is_better=True, **options)
+    trainer = MemoryTrainer(model_init=made, args=args, train_dataset=text(), eval_dataset=text()[:8])
+    trainer.train()
+    assert trainer.attachment is trainer.model.engram
+    first, last = (load_file(tmp_path / f"checkpoint-{n}" / "engram" / "engram.safetensors") for n in (2, 4))
+    sizes = [float(some["memory.0.table.weight"].abs().sum()) for some in (first, last)]
+    assert 0 < sizes[0] < sizes[1]
+    assert all(torch.equal(tensor, first[name]) for name, tensor in trainer.model.engram.state_dict().items())
+
+    trainer.args.load_best_model_at_end = False
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(tensor, last[name]) for name, tensor in trainer.model.engram.state_dict().items())
+
+
+def test_weights_decay_as_the_trainers_do_but_for_tables(tmp_path: Path) -> None:
+    model = small_host()
+    attach(model, LAYERS, MEMORY, freeze_backbone=False)
+    trainer = MemoryTrainer(model=model, args=settings(tmp_path, weight_decay=0.1), train_dataset=text())
+    groups = trainer.create_optimizer().param_groups
+    decayed = {p for group in groups if group.get("weight_decay") for p in group["params"]}
+    found = {name for name, parameter in model.named_parameters() if parameter in decayed}
+    assert found == {name for name in trainer.get_decay_parameter_names(model) if "table" not in name}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_an_optimizer_that_the_memory_does_not_get_is_refused(tmp_path: Path) -> None:
+    model = small_host()
+    attached(model)
+    for options, given, message in (
+        ({"optim": "sgd"}, {}, "optim is 'sgd': allowed is one of adamw_torch, adamw_torch_fused"),
+        ({}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, "optimizer_cls_and_kwargs is 'SGD': allowed is none"),
+    ):
+        trainer = MemoryTrainer(model=model, args=settings(tmp_path, **options), train_dataset=text(), **given)
+        with pytest.raises(ConfigError, match=message):
+            trainer.create_optimizer()
+    own, args = build_optimizer(model, 1e-3), settings(tmp_path, optim="sgd")
+    trainer = MemoryTrainer(model=model, args=args, train_dataset=text(), optimizers=(own, None))
+    assert trainer.create_optimizer() is own
+
+
 def test_a_trainer_without_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="models with memory is 0"):
         MemoryTrainer(model=host(), args=settings(tmp_path), train_dataset=text())

@@ -66,6 +66,23 @@ def test_routers_are_balanced_by_the_loads_of_all_micro_batches_of_a_step(tmp_pa
     assert bias.abs().max() > 0
 
 
+def test_routers_of_a_model_that_the_trainer_makes_are_balanced_too(tmp_path: Path) -> None:
+    trainer = MemoryTrainer(model_init=model_of, args=arguments(tmp_path, max_steps=1), train_dataset=DATA)
+    trainer.train()
+    assert trainer.model.lm.moe_layers()[0].router.bias.abs().max() > 0
+
+
+def test_losses_that_the_model_does_not_see_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor is 0\.1: allowed is 0"):
+        MemoryTrainer(model=model_of(), args=arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=DATA)
+
+    def mean(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
+        return outputs.logits.float().mean()
+
+    with pytest.raises(ConfigError, match=r"compute_loss_func is .*mean.*: allowed is none"):
+        MemoryTrainer(model=model_of(), args=arguments(tmp_path), train_dataset=DATA, compute_loss_func=mean)
+
+
 def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
