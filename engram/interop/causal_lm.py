@@ -46,11 +46,8 @@ _FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 _SLACK = 64  # tokens that a cache can give back at least, as assisted generation does with those that it rejects
 _ROOM = 128  # tokens by which a cache grows
 _NOT_SUPPORTED = ("inputs_embeds", "output_hidden_states", "output_attentions", "output_router_logits")
-_PACKING = (
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "seq_idx",
-)  # of transformers' collators, beside position_ids that say it too
+# Of transformers' collators, beside position_ids that say it too.
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 class EngramConfig(PretrainedConfig):

@@ -55,8 +55,8 @@ class EngramHarness(TemplateLM):
         eos_token: the token that ends documents; one of the usual names if empty.
         max_length: tokens that the model sees at once; `max_seq_len` of its config if None.
         dtype: `bfloat16` or `float16` to compute in that type (autocast); float32 if None.
-        batch_size: sequences at once, or `auto`: as many as 16,384 tokens hold. Numbers don't depend on it, but for
-            rounding; sampled texts do.
+        batch_size: sequences at once, or `auto`: as many as 16,384 tokens hold, up to `max_batch_size`. Numbers don't
+            depend on it, but for rounding; sampled texts do.
         device: `cuda` if None, and the CPU where there is none.
         tables, cache_rows, rows: where memory tables are kept and how, as for `open_model`.
         model: one that is open already, in the place of `path`. It is asked as it is, in evaluation mode and where it
@@ -72,13 +72,13 @@ class EngramHarness(TemplateLM):
         path: str = "",
         tokenizer: str | Tokenizer | None = None,
         eos_token: str = "",
-        max_length: int | None = None,
+        max_length: int | str | None = None,
         dtype: str | None = None,
         batch_size: int | str | None = 1,
-        max_batch_size: int | None = None,
+        max_batch_size: int | str | None = None,
         device: str | None = None,
         tables: Tables = "device",
-        cache_rows: int = 0,
+        cache_rows: int | str = 0,
         rows: RowKind = "float",
         model: EngramLM | None = None,
     ) -> None:
@@ -86,14 +86,15 @@ class EngramHarness(TemplateLM):
         require(dtype is None or dtype in _DTYPES, "dtype", dtype, "one of " + ", ".join(_DTYPES))
         require((model is None) == bool(path), "path", path, "the model's, or none beside a model that is open already")
         given, own = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, None
+        cache_rows = _whole("cache_rows", cache_rows, 0)
         if model is None:
             # The harness asks for CUDA when its user asks for nothing.
             asked = torch.device(device or "cuda")
             self._device = asked if asked.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-            model, own = open_model(path, tables, cache_rows=int(cache_rows), rows=rows, tokenizer=given)
+            model, own = open_model(path, tables, cache_rows=cache_rows, rows=rows, tokenizer=given)
             model.to(self._device)
         else:
-            placed = {"device": (device, None), "tables": (tables, "device"), "cache_rows": (int(cache_rows), 0)}
+            placed = {"device": (device, None), "tables": (tables, "device"), "cache_rows": (cache_rows, 0)}
             for name, (value, usual) in (placed | {"rows": (rows, "float")}).items():
                 require(value == usual, name, value, f"{usual!r}: an open model stays where and as it is")
             self._device = model.embed.weight.device
@@ -103,11 +104,11 @@ class EngramHarness(TemplateLM):
             raise ConfigError(f"{path or 'an open model'!r} holds no tokenizer: name one by tokenizer=")
         self._tokenizer = chosen
         self._eos = eos_id(chosen, eos_token)
-        self.max_length = model.config.max_seq_len if max_length is None else max_length
-        require(self.max_length >= 2, "max_length", self.max_length, "2 or more")
+        self.max_length = model.config.max_seq_len if max_length is None else _whole("max_length", max_length, 2)
         self._dtype = torch.float32 if dtype is None else _DTYPES[dtype]
-        self.batch_size = 0 if str(batch_size).startswith("auto") else int(batch_size or 1)
-        require(self.batch_size >= 0, "batch_size", batch_size, "1 or more, or auto")
+        auto = str(batch_size).startswith("auto")
+        self.batch_size = 0 if auto else _whole("batch_size", 1 if batch_size is None else batch_size, 1, ", or auto")
+        self._most = None if max_batch_size is None else _whole("max_batch_size", max_batch_size, 1)
 
     @property
     def eot_token_id(self) -> int:
@@ -122,6 +123,23 @@ class EngramHarness(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text, without special tokens: as in training."""
         return list(self._tokenizer.encode(string, add_special_tokens=False).ids)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Raises `ConfigError`: texts go on as in training, there is no template of a conversation."""
+        raise ConfigError(
+            "apply_chat_template is set: allowed is none, a model of this package goes on with plain text"
+        )
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation after its context, and whether each of its tokens is the most likely one.
+
+        Raises:
+            ConfigError: a continuation without tokens; one end-of-text token without context counts as context.
+        """
+        for request in requests:
+            require(request.args[1] != "", "continuation", request.args[1], "a text of one token or more")
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text as a document, in windows of `max_length`, each token seen once."""
@@ -149,8 +167,8 @@ class EngramHarness(TemplateLM):
         """
         same: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
-            allowed = f"at most max_length ({self.max_length})"
-            require(len(continuation) <= self.max_length, "tokens of a continuation", len(continuation), allowed)
+            n, allowed = len(continuation), f"1 to max_length ({self.max_length})"
+            require(1 <= n <= self.max_length, "tokens of a continuation", n, allowed)
             same.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
         answers: dict[int, tuple[float, bool]] = {}
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods")
@@ -223,16 +241,18 @@ class EngramHarness(TemplateLM):
 
     def _generation(self, settings: dict[str, Any]) -> _Generation:
         """Settings of a task, by the names of transformers. Raises `ConfigError` for one that we haven't."""
-        until = settings.get("until") or []
+        settings = {name: value for name, value in settings.items() if value is not None}
+        until = settings.get("until", [])
         stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-        lengths = [settings[name] for name in _LENGTHS if settings.get(name) is not None]
+        lengths = [settings[name] for name in _LENGTHS if name in settings]
         n, most = int(lengths[0]) if lengths else 256, self.max_length // 2
         if n > most:
             _log.warning("at most %s tokens are generated, half of max_length, not %s", most, n)
         for name, value in settings.items():
             known = ("until", "do_sample", *_LENGTHS, *_SAMPLING)
-            require(name in known, f"generation setting {name}", value, "one of " + ", ".join(known))
-        chosen = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
+            allowed = "one of " + ", ".join(known) + ", or num_beams of 1"
+            require(name in known or (name, value) == ("num_beams", 1), f"generation setting {name}", value, allowed)
+        chosen = {name: settings[name] for name in _SAMPLING if name in settings}
         if not settings.get("do_sample", float(chosen.get("temperature", 0)) > 0):
             chosen["temperature"] = 0.0
         return _Generation(Sampling(**chosen), min(n, most), stop)
@@ -241,7 +261,7 @@ class EngramHarness(TemplateLM):
         """Rows, longest first, in batches; `tokens` of a row, and so many `more`, are what `auto` counts."""
         at = 0
         while at < len(rows):
-            n = self.batch_size or max(1, _AUTO_TOKENS // (tokens(rows[at]) + more))
+            n = self.batch_size or min(max(1, _AUTO_TOKENS // (tokens(rows[at]) + more)), self._most or len(rows))
             yield rows[at : at + n]
             at += n
 
@@ -258,3 +278,10 @@ class EngramHarness(TemplateLM):
 
 def _tokens(prompt: tuple[int, list[int]]) -> int:
     return len(prompt[1])
+
+
+def _whole(name: str, value: Any, least: int, other: str = "") -> int:
+    """A number that may have come as text. Raises `ConfigError` for what is none, or less than `least`."""
+    text = str(value)
+    require(text.isdecimal() and int(text) >= least, name, value, f"{least} or more{other}")
+    return int(text)

@@ -267,6 +267,8 @@ def test_texts_are_drawn_by_the_settings_of_a_task(saved: tuple[Path, EngramLM, 
     assert len(set(drawn(do_sample=True, temperature=1.0))) > 1
     assert drawn(do_sample=True, temperature=1.0) == drawn(temperature=1.0)
     assert drawn(do_sample=True, top_k=1) == drawn()
+    assert drawn(num_beams=1) == drawn(top_p=None, do_sample=None) == drawn()
+    assert drawn(do_sample=None, temperature=1.0) == drawn(temperature=1.0)
     with pytest.raises(ConfigError, match="generation setting num_beams is 4"):
         drawn(num_beams=4)
 
@@ -281,6 +283,41 @@ def test_what_cannot_be_evaluated_is_named(saved: tuple[Path, EngramLM, Tokenize
         EngramHarness(path=str(folder), eos_token="<nothing>")
     with pytest.raises(ConfigError, match="dtype is 'int4': allowed is one of float32"):
         EngramHarness(path=str(folder), dtype="int4")
+    wrong: dict[str, Any] = {"max_length": "x", "batch_size": "x", "max_batch_size": 0, "cache_rows": -1}
+    for name, value in wrong.items():
+        with pytest.raises(ConfigError, match=rf"{name} is {value!r}: allowed is \d or more"):
+            EngramHarness(path=str(folder), device="cpu", **{name: value})
+    harness = EngramHarness(path=str(folder), device="cpu", max_length="12", batch_size="2")
+    assert (harness.max_length, harness.batch_size) == (12, 2)
+
+
+def test_questions_without_an_answer_and_conversations_are_refused(saved: tuple[Path, EngramLM, Tokenizer]) -> None:
+    """An end-of-text token without context is itself the context."""
+    harness = EngramHarness(path=str(saved[0]), device="cpu")
+    for context, continuation in (("", ""), ("Rome", ""), ("", EOS)):
+        with pytest.raises(ConfigError, match=r"continuation is (''|0): allowed is"):
+            harness.loglikelihood(requests("loglikelihood", (context, continuation)), disable_tqdm=True)
+    with pytest.raises(ConfigError, match="apply_chat_template is set"):
+        harness.apply_chat_template([{"role": "user", "content": "Rome"}])
+
+
+def test_a_batch_of_as_many_tokens_as_fit_is_bounded_by_its_largest_size(
+    saved: tuple[Path, EngramLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = saved
+    sizes: dict[int | None, list[int]] = {}
+    for most in (None, 2):
+        harness = EngramHarness(path=str(folder), device="cpu", batch_size="auto", max_batch_size=most)
+        run, seen = harness.model.run, sizes.setdefault(most, [])
+
+        def counted(ids: Tensor, *given: Any, run: Any = run, seen: list[int] = seen) -> Any:
+            seen.append(len(ids))
+            return run(ids, *given)
+
+        monkeypatch.setattr(harness.model, "run", counted)
+        pairs = [("Paris", f" {word}") for word in ("A B", "C D", "E F", "G H", "I J")]
+        harness.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    assert sizes == {None: [5], 2: [2, 2, 1]}
 
 
 def test_an_open_model_is_asked_as_it_is_at_that_moment_and_no_file_is_read(
