@@ -152,6 +152,13 @@ class Fit:
     reason: str
 
     @property
+    def minima(self) -> list[float]:
+        """Every rho at which the smooth curve is lower than beside it: of several, as where it swings between points
+        that one steep end holds, none is told to be the best."""
+        walled = np.concatenate([[np.inf], self.smooth, [np.inf]])
+        return self.grid[(walled[1:-1] < walled[:-2]) & (walled[1:-1] <= walled[2:])].tolist()
+
+    @property
     def is_no_parabola(self) -> bool:
         """Whether the means lie too far from any parabola for one to be the truth."""
         return self.lack_of_fit < 1 - CONFIDENCE

@@ -44,7 +44,9 @@ def _draw_curve(axes: Any, measured: Measured) -> None:
     if not math.isnan(best.low):
         axes.axvspan(best.low, best.high, color=ORANGE, alpha=0.12, lw=0, label="95 % interval of ρ*")  # noqa: RUF001
     axes.axvline(best.value, color=ORANGE, lw=1, ls=":")
-    axes.plot(fitted.grid, fitted.smooth, color=ORANGE, lw=2, label=f"smooth fit, ρ* = {best.value:.2f}")  # noqa: RUF001
+    several = f" (one of {len(fitted.minima)} minima)" if len(fitted.minima) > 1 else ""
+    label = f"smooth fit, ρ* = {best.value:.2f}{several}"  # noqa: RUF001
+    axes.plot(fitted.grid, fitted.smooth, color=ORANGE, lw=2, label=label)
     axes.plot(
         fitted.grid,
         fitted.quadratic,

@@ -137,12 +137,13 @@ def _optimum(measured: Measured) -> list[str]:
     f, curve = measured.fitted, measured.curve
     lowest, highest = (end_name(curve.rho[end]) for end in (0, -1))
     misfit = f"; a parabola does not fit (p = {f.lack_of_fit:.2g})" if f.is_no_parabola else ""
+    several = "; it has minima at " + " and ".join(f"{rho:.2f}" for rho in f.minima) if len(f.minima) > 1 else ""
     return [
         f"<h3>On {measured.name}</h3>",
         table(
             ["", "estimate", "95 % interval"],
             [
-                ["rho*, smooth curve", f"{f.best_smooth.value:.2f}", f.best_smooth.span(2)],
+                ["rho*, smooth curve" + several, f"{f.best_smooth.value:.2f}", f.best_smooth.span(2)],
                 [
                     "rho*, quadratic" + misfit,
                     f"{f.best_quadratic.value:.2f}",

@@ -48,6 +48,19 @@ def test_the_smooth_curve_is_pulled_by_noise_less_than_its_points() -> None:
     assert by_curve < by_points
 
 
+@pytest.mark.parametrize(
+    ("means", "n_minima"),
+    [([3.2, 3.05, 3.0, 3.05, 3.2], 1), ([3.5, 3.4, 3.3, 3.2, 3.1], 1), ([3.790, 3.785, 3.790, 3.803, 3.932], 2)],
+)
+def test_minima_of_a_curve_that_a_steep_end_makes_swing_are_all_told(means: list[float], n_minima: int) -> None:
+    rest = np.array([[1, -1, 0], [-1, 0, 1], [0, 1, -1], [1, 0, -1], [-1, 1, 0]])  # which leaves means as they are
+    fitted = fit(Curve(np.linspace(0, 1, 5), np.array(means)[:, None] + 0.008 * rest))
+    assert len(fitted.minima) == n_minima
+    assert fitted.best_smooth.value in fitted.minima
+    at = [int(np.searchsorted(fitted.grid, rho)) for rho in fitted.minima]
+    assert all(fitted.smooth[i] == fitted.smooth[max(i - 1, 0) : i + 2].min() for i in at)
+
+
 def test_noise_is_what_a_two_way_analysis_leaves() -> None:
     generator = np.random.default_rng(0)
     sizes = [drawn(u_shaped(0.4, 1.0), 0.01, 3, generator).noise ** 2 for _ in range(400)]
