@@ -22,7 +22,7 @@ class Documents:
     """
 
     def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
+        self.ids = ids.long()
         self._starts: Tensor | None = None
         self._mask: Tensor | None = None
         self._bounds: tuple[Tensor, int] | None = None

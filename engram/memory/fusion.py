@@ -76,6 +76,7 @@ class Fusion(nn.Module):
             state: of the positions before; through it no gradient goes back.
         """
         past_values = past_scales = None
+        documents = documents if documents is None else documents.long()
         if state is not None and self.context:
             now = documents if documents is not None else torch.zeros_like(kv[..., 0], dtype=torch.int64)
             documents = torch.cat([state.documents, now], 1)

@@ -19,11 +19,15 @@ from engram.tensors import require_ids
 
 
 def documents_of(token_ids: Tensor, document_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor | None:
-    """Document ids `[B, T]` in which padding (False in the mask) belongs to none; None if neither is given."""
+    """Document ids `[B, T]` (int64) in which padding (False in the mask) belongs to none; None if neither is given."""
     if padding_mask is None:
-        return document_ids
-    inside = torch.zeros_like(token_ids) if document_ids is None else document_ids
-    return inside.masked_fill(~padding_mask, NO_DOCUMENT)
+        return document_ids if document_ids is None else document_ids.long()
+    return _ids(document_ids, token_ids).masked_fill(~padding_mask, NO_DOCUMENT)
+
+
+def _ids(document_ids: Tensor | None, token_ids: Tensor) -> Tensor:
+    """Document ids in int64, 0 if none are given."""
+    return torch.zeros_like(token_ids, dtype=torch.int64) if document_ids is None else document_ids.long()
 
 
 class Reading(NamedTuple):
@@ -99,7 +103,7 @@ class RowReader(nn.Module):
         if state is None:
             rows = self(token_ids, documents)
             return Reading(rows, table.start(rows), documents, None)
-        documents = torch.zeros_like(token_ids) if documents is None else documents
+        documents = _ids(documents, token_ids)
         rows, following = self.step(token_ids, state, documents)
         return Reading(rows, table.start(rows), documents, following)
 
@@ -158,7 +162,7 @@ class PositionReader(RowReader):
 
     def step(self, token_ids: Tensor, state: HashState, document_ids: Tensor | None = None) -> tuple[Tensor, HashState]:
         require_ids(token_ids, self.vocab_size)
-        document = torch.zeros_like(token_ids) if document_ids is None else document_ids
+        document = _ids(document_ids, token_ids)
         count = (document >= 0).cumsum(1)
         position = (state.ids + count - 1).clamp(min=0)
         a, b = deepseek_multipliers(self.layer, 2**31, 2, self.hasher.seed)

@@ -87,6 +87,21 @@ def test_every_kind_has_the_one_interface(kind: MemoryKind, branches: int) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_ids_may_be_int32(kind: MemoryKind, packed: bool, padded: bool) -> None:
+    for module in modules_of(memory(kind)).values():
+        hidden, ids = inputs(2, 7, module)
+        documents = torch.tensor([[0] * 3 + [1] * 4]).expand(2, -1) if packed else None
+        mask = torch.arange(7).expand(2, -1) < 5 if padded else None
+        short = None if documents is None else documents.int()
+        assert torch.equal(module(hidden, ids.int(), short, mask), module(hidden, ids, documents, mask))
+        state = module.init_state(2)
+        step, expected = (module.step(hidden, i, state, d, mask)[0] for i, d in ((ids.int(), short), (ids, documents)))
+        assert torch.equal(step, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("branches", [1, 3])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_rows_say_what_the_same_rows_say_in_float32(kind: MemoryKind, branches: int, autocast: bool) -> None:

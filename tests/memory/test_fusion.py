@@ -84,6 +84,12 @@ def test_positions_without_documents_do_not_read_a_state_of_another_document() -
     torch.testing.assert_close(module(h, kv, None, state).out, module(h, kv).out)
 
 
+def test_document_ids_may_be_int32() -> None:
+    module, documents = random_fusion(), torch.tensor([[0] * 3 + [1] * 4])
+    hidden, kv = double(1, 7, 2, 3), double(1, 7, 9)
+    assert torch.equal(module(hidden, kv, documents.int()).out, module(hidden, kv, documents).out)
+
+
 def test_a_kernel_of_0_builds_no_convolution() -> None:
     module = fusion(conv_kernel=0)
     h, kv = torch.randn(2, 5, 2, 3), torch.randn(2, 5, 9)
