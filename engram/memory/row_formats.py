@@ -129,7 +129,7 @@ class BlockFloat8Rows:
         codes, scales = records[..., : self.width], records[..., self.width :]
         blocks = self._blocks(codes).view(torch.float8_e4m3fn)
         values = from_codes(blocks, scales.view(torch.float8_e8m0fnu))
-        return values.flatten(-2)[..., : self.width].to(self.dtype)
+        return values.flatten(-2)[..., : self.width].to(self.dtype).contiguous()
 
     @property
     def _largest(self) -> float:

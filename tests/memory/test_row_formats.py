@@ -112,6 +112,13 @@ def test_numbers_near_zero_are_off_by_a_step_of_the_least_scale(kind: RowKind, s
     assert (error <= torch.maximum(relative, torch.tensor(2.0**-126 / steps)) * 1.001 + 1e-44).all()
 
 
+@pytest.mark.parametrize("kind", get_args(RowKind))
+@pytest.mark.parametrize("dtype", TYPES)
+def test_values_lie_side_by_side_as_a_compiler_was_told(kind: RowKind, dtype: torch.dtype) -> None:
+    fmt = row_format(kind, 24, dtype)
+    assert fmt.decode(fmt.encode(torch.randn(3, 2, 24))).is_contiguous()
+
+
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_rows_of_zeros_stay_zeros(kind: RowKind) -> None:
     fmt = row_format(kind, 5, torch.float32)
