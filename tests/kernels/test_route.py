@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram.kernels import load_native, route, router_logits
+from engram.kernels.products import products_in
 from engram.kernels.routing import route_backward_reference, route_reference, scores_of
 
 SETTINGS = ("sigmoid", "normalize", "scale")
@@ -106,6 +108,32 @@ def test_logits_are_exact_and_their_gradients_as_near_as_asked(bfloat16: bool) -
         error = (got - want).norm() / want.norm()
         assert error < (2**-7 if bfloat16 else 1e-5)
     torch.library.opcheck(torch.ops.engram.router_logits.default, (x, weight, bfloat16))
+
+
+def test_threads_that_round_factors_together_leave_the_setting_as_they_found_it() -> None:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, together = matmul.fp32_precision, threading.Barrier(2)
+    left = threading.Event()
+
+    def first() -> None:
+        with products_in(True):
+            together.wait()
+        left.set()
+
+    def second() -> None:
+        with products_in(True):
+            together.wait()
+            left.wait()
+            seen.append(matmul.fp32_precision)
+        seen.append(matmul.fp32_precision)
+
+    seen: list[str] = []
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["bf16", before]
 
 
 def test_logits_of_tokens_in_bfloat16_are_not_rounded() -> None:
