@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def load_native() -> bool:
 def _load() -> bool:
     try:
         torch.ops.load_library(str(_built()))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home folder
         why = (error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)).strip()
         warnings.warn(f"engram runs without its C++ kernels, which could not be built: {why[:2000]}", stacklevel=3)
         return False
@@ -60,50 +61,66 @@ def _load() -> bool:
 
 def _built() -> Path:
     """The compiled library, from the cache or made now."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or _compilers()[:1]
+    if not compiler:
         raise FileNotFoundError("no C++ compiler found; set CXX")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engram"
-    path = cache / f"kernels-{_fingerprint(compiler)}.so"
-    if not path.exists():
+    name = f"kernels-{_fingerprint(compiler)}"
+    path = _whole(cache, name)
+    if path is None:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # processes that start together wait for the first one's work
-            if not path.exists():
+        with FileLock(cache / f"{name}.lock"):  # processes that start together wait for the first one's work
+            path = _whole(cache, name)
+            if path is None:
                 print("engram: compiling its CPU kernels, once for this machine ...", file=sys.stderr, flush=True)
                 with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when whole
-                    _compile(compiler, Path(folder)).replace(path)
+                    made = _compile(compiler, Path(folder))
+                    path = made.replace(cache / f"{name}-{made.stat().st_size}.so")
     return path
 
 
-def _compile(compiler: str, folder: Path) -> Path:
+def _compilers() -> list[str]:
+    return [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
+
+
+def _whole(cache: Path, name: str) -> Path | None:
+    """The library of this name in the cache, if it is as long as it says and was not cut short."""
+    return next((path for path in cache.glob(f"{name}-*.so") if path.stem == f"{name}-{path.stat().st_size}"), None)
+
+
+def _compile(compiler: list[str], folder: Path) -> Path:
     root = Path(torch.__file__).parent
     headers = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    start = [compiler, *_FLAGS, abi, *headers]
+    start = [*compiler, *_FLAGS, abi, *headers]
     torch_h = Path(shutil.copy(_SOURCES / "torch.h", folder))
     command = [*start, "-x", "c++-header", str(torch_h), "-o", f"{torch_h}.gch"]
-    subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+    _run(command)
     start += ["-include", str(torch_h)]  # the compiler takes what it compiled of it, lying beside it
 
     def compiled(source: Path) -> str:
         target = folder / f"{source.stem}.o"
-        subprocess.run([*start, "-c", str(source), "-o", str(target)], check=True, stderr=subprocess.PIPE, text=True)
+        _run([*start, "-c", str(source), "-o", str(target)])
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # a compiler takes half a gigabyte
         objects = list(threads.map(compiled, sorted(_SOURCES.glob("*.cpp"))))
     target = folder / "kernels.so"
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    command = [compiler, "-shared", "-fopenmp", *objects, "-o", str(target), *libraries]
-    subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+    command = [*compiler, "-shared", "-fopenmp", *objects, "-o", str(target), *libraries]
+    _run(command)
     return target
 
 
-def _fingerprint(compiler: str) -> str:
+def _run(command: list[str]) -> str:
+    """What a command prints. A compiler's words may be in any encoding."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
+
+
+def _fingerprint(compiler: list[str]) -> str:
     """Of all that decides the machine code: sources, flags, torch, compiler and processor."""
     parts = [path.read_text() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    parts += [*_FLAGS, torch.__version__, compiler, version, _processor()]
+    parts += [*_FLAGS, torch.__version__, *compiler, _run([*compiler, "--version"]), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
