@@ -115,8 +115,9 @@ def _norm_grads(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
 
 
 def _rotate_grads(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    grad_x, grad_weight = _rotate_backward_op(grad, *ctx.saved_tensors)
-    return grad_x, None if ctx.saved_tensors[1] is None else grad_weight, None, None, None
+    x, weight, *rest = ctx.saved_tensors
+    grad_x, grad_weight = _rotate_backward_op(grad, x, weight, *rest)
+    return grad_x, None if weight is None else grad_weight, None, None, None
 
 
 torch.library.register_autograd("engram::rms_norm", _norm_grads, setup_context=_setup, lib=LIBRARY)

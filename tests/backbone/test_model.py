@@ -3,15 +3,21 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import SHAPES, V, model_of
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from engram import ConfigError, Engram
 from engram.backbone import mean_loss
+from engram.backbone.positions import positions_of
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -76,6 +82,45 @@ def test_autocast_stays_close_to_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         low = model(ids)
     torch.testing.assert_close(low.float(), model(ids), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ids_may_be_int32(shape: str) -> None:
+    model = model_of(**SHAPES[shape])
+    ids, documents = torch.randint(0, V, (2, 12)), torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+    assert torch.equal(model(ids.int(), documents.int()), model(ids, documents))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("shape", ["plain", "branches", "latent", "dense", "over encoding", "bigram"])
+def test_checkpointed_layers_have_the_gradients_of_plain_ones(shape: str, use_reentrant: bool) -> None:
+    """Whole blocks, and in them attention, experts and hyper-connections; and memories."""
+    model = model_of(**SHAPES[shape])
+    ids, documents = torch.randint(0, V, (2, 12)), torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+    at = positions_of(ids, documents, model.config.attention)
+    hidden = torch.randn(2, 12, *[4] * (shape == "branches"), 24, requires_grad=True)
+    block = list(model.each_block())[1]
+
+    def connected(hidden: Tensor) -> Tensor:
+        x, mixing = block.attention_residual.read(hidden)
+        return block.attention_residual.write(hidden, x.square(), mixing)
+
+    alone = torch.randn(2, 12, 24, requires_grad=True)
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (lambda hidden: block(hidden, at)[0], (hidden,)),
+        (lambda x: block.attention(x, at), (alone,)),
+        (block.ffn, (alone,)),
+        (connected, (hidden,)),
+        *[(memory, (hidden, ids, documents)) for memory in model.memories().values()],
+    ]
+    for call, inputs in calls:
+        gradients = []
+        for compute in (call, partial(checkpoint, call, use_reentrant=use_reentrant)):
+            model.zero_grad()
+            alone.grad = hidden.grad = None
+            compute(*inputs).square().sum().backward()
+            gradients.append([inputs[0].grad] + [p.grad.to_dense() for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("bad", [-1, V])
