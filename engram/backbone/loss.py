@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engram.kernels import cross_entropy_
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 from engram.tensors import product_type, widen
 
 _CHUNK_LOGITS_CPU = 2**20  # 4 MiB of float32
@@ -61,19 +61,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     _, grad_h, grad_w = output
     ctx.mark_non_differentiable(grad_h, grad_w)
     ctx.set_materialize_grads(False)  # of these: zeros as large as the head
-    ctx.save_for_backward(grad_h, grad_w)
+    ctx.save_for_backward(grad_h, grad_w, *inputs[:2])
     ctx.types = inputs[0].dtype, inputs[1].dtype
 
 
 def _backward(ctx: Any, grad: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 4
-    grad_h, grad_w = ctx.saved_tensors
+    grad_h, grad_w, *_ = ctx.saved_tensors
     scale = grad / grad_h.shape[0]  # len would fix the number in a compiled graph
     return (grad_h * scale).to(ctx.types[0]), (grad_w * scale).to(ctx.types[1]), None, None
 
 
-torch.library.register_autograd("engram::mean_cross_entropy", _backward, setup_context=_setup, lib=LIBRARY)
+differentiate("mean_cross_entropy", _backward, _setup)
 
 
 def mean_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 from engram.kernels.native import load_native
 from engram.tensors import widen
 
@@ -103,7 +103,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *_backward_op(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd("engram::attention", _backward, setup_context=_setup, lib=LIBRARY)
+differentiate("attention", _backward, _setup)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 from engram.tensors import widen
 
 _SQUASH_FLOOR = 1e-6
@@ -255,7 +255,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_alpha: Tensor | None, _: A
     return (*given, *[None] * 7)
 
 
-torch.library.register_autograd("engram::fuse_memory", _backward, setup_context=_setup, lib=LIBRARY)
+differentiate("fuse_memory", _backward, _setup)
 
 
 class Fused(NamedTuple):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 from engram.kernels.native import load_native
 from engram.kernels.swiglu import swiglu_backward_reference
 from engram.kernels.triton import register as load_triton
@@ -132,7 +132,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down
 
 
-torch.library.register_autograd("engram::grouped_swiglu", _backward, setup_context=_setup, lib=LIBRARY)
+differentiate("grouped_swiglu", _backward, _setup)
 
 
 def grouped_swiglu(

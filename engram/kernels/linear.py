@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 
 _FEW = 16
 
@@ -46,7 +46,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     return *_backward_op(grad, *ctx.saved_tensors), grad.sum(0) if ctx.biased else None
 
 
-torch.library.register_autograd("engram::linear", _backward, setup_context=_setup, lib=LIBRARY)
+differentiate("linear", _backward, _setup)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 from engram.tensors import widen
 
 
@@ -120,8 +120,8 @@ def _rotate_grads(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return grad_x, None if weight is None else grad_weight, None, None, None
 
 
-torch.library.register_autograd("engram::rms_norm", _norm_grads, setup_context=_setup, lib=LIBRARY)
-torch.library.register_autograd("engram::norm_rotate", _rotate_grads, setup_context=_setup, lib=LIBRARY)
+differentiate("rms_norm", _norm_grads, _setup)
+differentiate("norm_rotate", _rotate_grads, _setup)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 from engram.kernels.products import products_in
 from engram.tensors import widen
 
@@ -84,7 +84,7 @@ def _backward(ctx: Any, grad_weights: Tensor, *rest: Any) -> tuple[Tensor | None
     return _backward_op(grad_weights, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
 
 
-torch.library.register_autograd("engram::route", _backward, setup_context=_setup, lib=LIBRARY)
+differentiate("route", _backward, _setup)
 
 
 def router_logits_reference(x: Tensor, weight: Tensor, bfloat16: bool) -> Tensor:
@@ -121,7 +121,7 @@ def _logits_grads(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_logits_backward_op(grad, *ctx.saved_tensors, ctx.bfloat16), None
 
 
-torch.library.register_autograd("engram::router_logits", _logits_grads, setup_context=_logits_setup, lib=LIBRARY)
+differentiate("router_logits", _logits_grads, _logits_setup)
 
 
 @register_flop_formula(torch.ops.engram.router_logits)

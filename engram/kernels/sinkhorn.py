@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 from engram.tensors import widen
 
 _COLUMNS, _ROWS = 0, 1  # the axis that is summed over, in a matrix [M, M, ...] whose tokens come last
@@ -149,9 +149,9 @@ def _write_grads(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     return _write_backward_op(grad, *ctx.saved_tensors)
 
 
-torch.library.register_autograd("engram::sinkhorn", _sinkhorn_grads, setup_context=_sinkhorn_setup, lib=LIBRARY)
-torch.library.register_autograd("engram::read_branches", _read_grads, setup_context=_setup, lib=LIBRARY)
-torch.library.register_autograd("engram::write_branches", _write_grads, setup_context=_setup, lib=LIBRARY)
+differentiate("sinkhorn", _sinkhorn_grads, _sinkhorn_setup)
+differentiate("read_branches", _read_grads, _setup)
+differentiate("write_branches", _write_grads, _setup)
 
 
 @register_flop_formula(torch.ops.engram.write_branches)

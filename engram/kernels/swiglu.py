@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 from engram.tensors import widen
 
 
@@ -58,7 +58,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     return grad_gate_up, None if weights is None else grad_weights
 
 
-torch.library.register_autograd("engram::swiglu", _backward, setup_context=_setup, lib=LIBRARY)
+differentiate("swiglu", _backward, _setup)
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engram.config import require
 from engram.kernels import gather_rows, load_kernels
-from engram.kernels.library import LIBRARY, define
+from engram.kernels.library import define, differentiate
 from engram.kernels.random import fill_normal_
 from engram.memory.row_formats import FloatRows, RowKind
 
@@ -219,4 +219,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
     return None, None, _keep_row_gradient(grad, rows, ctx.number, next(_READINGS)), None
 
 
-torch.library.register_autograd("engram::read_rows", _backward, setup_context=_setup, lib=LIBRARY)
+differentiate("read_rows", _backward, _setup)
