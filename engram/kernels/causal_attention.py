@@ -32,15 +32,17 @@ def _scores(q: Tensor, k: Tensor, starts: Tensor | None) -> Tensor:
     return torch.einsum("bihc,bjhc->bhij", q, k).mul(q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
 
 
-def _for_each_query(q: Tensor, *x: Tensor) -> list[Tensor]:
-    """Keys and values, wide, with as many heads as there are of queries."""
-    return [widen(part).repeat_interleave(q.shape[2] // part.shape[2], dim=2) for part in x]
+def _wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All in the wide type of `v`, with as many heads of keys and values as there are of queries."""
+    values = widen(v).repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    keys = k.to(values.dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    return q.to(values.dtype), keys, values
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """`attention` in plain torch; what is returned second is kept for the backward pass."""
-    keys, values = _for_each_query(q, k, v)
-    scores = _scores(widen(q), keys, starts)
+    queries, keys, values = _wide(q, k, v)
+    scores = _scores(queries, keys, starts)
     log_sum = scores.logsumexp(-1)
     out = torch.einsum("bhij,bjhw->bihw", (scores - log_sum.unsqueeze(-1)).exp(), values)
     return out.to(v.dtype).contiguous(), log_sum
@@ -50,13 +52,12 @@ def attention_backward_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, out: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    keys, values = _for_each_query(q, k, v)
-    wide, wide_q = widen(grad), widen(q)
-    share = (_scores(wide_q, keys, starts) - log_sum.unsqueeze(-1)).exp()
+    wide, (queries, keys, values) = widen(grad), _wide(q, k, v)
+    share = (_scores(queries, keys, starts) - log_sum.unsqueeze(-1)).exp()
     delta = (wide * widen(out)).sum(-1).mT.unsqueeze(-1)
     by_score = share * (torch.einsum("bihw,bjhw->bhij", wide, values) - delta) * q.shape[-1] ** -0.5
     grad_q = torch.einsum("bhij,bjhc->bihc", by_score, keys)
-    grad_k = torch.einsum("bhij,bihc->bjhc", by_score, wide_q)
+    grad_k = torch.einsum("bhij,bihc->bjhc", by_score, queries)
     grad_v = torch.einsum("bhij,bihw->bjhw", share, wide)
     shared = (k.shape[2], q.shape[2] // k.shape[2])
     grad_k, grad_v = (x.unflatten(2, shared).sum(3) for x in (grad_k, grad_v))

@@ -93,7 +93,7 @@ def fuse_memory_reference(
         y = y + F.silu(
             _convolve(v, used * inv_u, conv_norm, conv_weight, documents, past_values, past_scales, dilation)
         )
-    return (h + y if residual else y).to(hidden.dtype), alpha, stats
+    return (h + y if residual else y).to(hidden.dtype).contiguous(), alpha.contiguous(), stats
 
 
 def _used(alpha: Tensor, documents: Tensor | None, past_values: Tensor | None) -> Tensor:
@@ -194,12 +194,12 @@ def fuse_memory_backward_reference(
     grad_k = cross * both * h + along_k * k
     grad_both = (cross * h * k).sum((0, 1))
     return (
-        grad_h.to(hidden.dtype),
-        torch.cat([grad_k.flatten(2), grad_v], -1).to(kv.dtype),
-        (grad_both * widen(key_norm)).to(query_norm.dtype),
-        (grad_both * widen(query_norm)).to(key_norm.dtype),
-        grad_norm,
-        grad_weight,
+        grad_h.to(hidden.dtype).contiguous(),
+        torch.cat([grad_k.flatten(2), grad_v], -1).to(kv.dtype).contiguous(),
+        (grad_both * widen(key_norm)).to(query_norm.dtype).contiguous(),
+        (grad_both * widen(query_norm)).to(key_norm.dtype).contiguous(),
+        grad_norm.contiguous(),
+        grad_weight.contiguous(),
     )
 
 

@@ -49,7 +49,7 @@ def grouped_swiglu_reference(
     """`grouped_swiglu` in plain torch; what is returned second is kept for the backward pass."""
     K = place.shape[1]
     gate_up = x.new_empty(len(copy), w_gate_up.shape[2])
-    out = torch.zeros_like(widen(x))
+    out = widen(x).new_zeros(x.shape)
     for expert, rows, copies in _groups(copy, ends):
         token = copies // K
         gate_up[rows] = x[token] @ w_gate_up[expert].to(x.dtype)
@@ -72,8 +72,8 @@ def grouped_swiglu_backward_reference(
 ) -> Gradients:
     """Gradients of tokens, weights and both matrices."""
     K = place.shape[1]
-    grad_x, grad_weights = torch.zeros_like(widen(x)), torch.zeros_like(widen(weights)).flatten()
-    grad_gate_up, grad_down = torch.zeros_like(w_gate_up), torch.zeros_like(w_down)
+    grad_x, grad_weights = widen(x).new_zeros(x.shape), widen(weights).new_zeros(weights.numel())
+    grad_gate_up, grad_down = w_gate_up.new_zeros(w_gate_up.shape), w_down.new_zeros(w_down.shape)
     for expert, rows, copies in _groups(copy, ends):
         token, weight = copies // K, widen(weights.flatten()[copies])
         back = widen(grad[token])

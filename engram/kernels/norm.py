@@ -24,7 +24,7 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> 
     grad_n = grad * weight
     # n keeps its length whatever x does, so the part of the gradient along n is taken out.
     along = (grad_n * n).mean(-1, keepdim=True)
-    return (grad_n - n * along) * inverse, (grad * n).flatten(0, -2).sum(0)
+    return (grad_n - n * along) * inverse, (grad * n).reshape(-1, n.shape[-1]).sum(0)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def norm_rotate_backward_reference(
     """Gradients of x and weight (empty without one)."""
     back = _rotate(widen(grad), cos.unsqueeze(1), -sin.unsqueeze(1))
     if weight is None:
-        return back.to(x.dtype).contiguous(), back.new_empty(0)
+        return back.to(x.dtype).contiguous(), inverse
     scale = inverse.view(*x.shape[:-1], 1)
     grad_x, grad_weight = _norm_backward(back, widen(x), widen(weight), scale)
     return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype)

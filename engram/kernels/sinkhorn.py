@@ -59,35 +59,36 @@ def sinkhorn_backward_reference(grad: Tensor, logits: Tensor, steps: int) -> Ten
 
 def read_branches_reference(hidden: Tensor, weights: Tensor) -> Tensor:
     """`read_branches` in plain torch."""
-    return (widen(weights).unsqueeze(-1) * widen(hidden)).sum(-2).to(hidden.dtype)
+    return (widen(weights).unsqueeze(-1) * widen(hidden)).sum(-2).to(hidden.dtype).contiguous()
 
 
 def read_branches_backward_reference(grad: Tensor, hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of hidden states and weights."""
     g = widen(grad).unsqueeze(-2)
-    return (widen(weights).unsqueeze(-1) * g).to(hidden.dtype), (g * widen(hidden)).sum(-1).to(weights.dtype)
+    grads = widen(weights).unsqueeze(-1) * g, (g * widen(hidden)).sum(-1)
+    return grads[0].to(hidden.dtype).contiguous(), grads[1].to(weights.dtype).contiguous()
 
 
 def write_branches_reference(hidden: Tensor, update: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`write_branches` in plain torch."""
-    mixed = widen(res) @ widen(hidden)
-    return torch.addcmul(mixed, widen(post).unsqueeze(-1), widen(update).unsqueeze(-2)).to(hidden.dtype).contiguous()
+    wide = widen(hidden)
+    update, post, res = (x.to(wide.dtype) for x in (update, post, res))
+    return torch.addcmul(res @ wide, post.unsqueeze(-1), update.unsqueeze(-2)).to(hidden.dtype).contiguous()
 
 
 def write_branches_backward_reference(
     grad: Tensor, hidden: Tensor, update: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of all that is written from, in their order."""
-    g = widen(grad)
+    g, inputs = widen(grad), (hidden, update, post, res)
+    hidden, update, post, res = (x.to(g.dtype) for x in inputs)
     grads = (
-        widen(res).mT @ g,
-        (widen(post).unsqueeze(-1) * g).sum(-2),
-        (g * widen(update).unsqueeze(-2)).sum(-1),
-        g @ widen(hidden).mT,
+        res.mT @ g,
+        (post.unsqueeze(-1) * g).sum(-2),
+        (g * update.unsqueeze(-2)).sum(-1),
+        g @ hidden.mT,
     )
-    hidden_, update_, post_, res_ = (
-        x.to(like.dtype).contiguous() for x, like in zip(grads, (hidden, update, post, res), strict=True)
-    )
+    hidden_, update_, post_, res_ = (x.to(like.dtype).contiguous() for x, like in zip(grads, inputs, strict=True))
     return hidden_, update_, post_, res_
 
 

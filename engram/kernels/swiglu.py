@@ -16,7 +16,8 @@ def swiglu_reference(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     """`swiglu` in plain torch."""
     gate, up = widen(gate_up).chunk(2, dim=-1)
     product = F.silu(gate) * up
-    return (product if weights is None else product * widen(weights).unsqueeze(-1)).to(gate_up.dtype)
+    product = product if weights is None else product * widen(weights).unsqueeze(-1)
+    return product.to(gate_up.dtype).contiguous()
 
 
 def swiglu_backward_reference(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -25,10 +26,10 @@ def swiglu_backward_reference(grad: Tensor, gate_up: Tensor, weights: Tensor | N
     g = widen(grad)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
-    grad_weights = g.new_empty(0) if weights is None else (g * silu * up).sum(-1).to(weights.dtype)
+    grad_weights = g.new_empty(0) if weights is None else (g * silu * up).sum(-1).to(weights.dtype).contiguous()
     g = g if weights is None else g * widen(weights).unsqueeze(-1)
     grad_gate_up = torch.cat([g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * silu], dim=-1)
-    return grad_gate_up.to(gate_up.dtype), grad_weights
+    return grad_gate_up.to(gate_up.dtype).contiguous(), grad_weights
 
 
 def _backward_fake(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,15 @@
-"""What holds for all operators: they are differentiable once."""
+"""What holds for all operators: they are differentiable once, and references lay results out as a compiler was told."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engram import kernels
 from engram.backbone import mean_loss
@@ -79,3 +82,76 @@ def test_gradients_that_could_be_differentiated_are_the_same() -> None:
     loss = kernels.rms_norm(x, weight, 1e-5).square().sum()
     plain = torch.autograd.grad(loss, (x, weight), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, (x, weight), create_graph=True), plain)
+
+
+def reference(module: str, name: str) -> Callable[..., Any]:
+    return getattr(import_module(f"engram.kernels.{module}"), f"{name}_reference")
+
+
+def cases(dtype: torch.dtype, other: torch.dtype) -> list[tuple[str, str, tuple[Any, ...]]]:
+    """The operators of which each module has references, and inputs in two types."""
+
+    def own(*shape: int) -> Tensor:
+        return leaf(*shape, dtype=dtype).detach()
+
+    def mixed(*shape: int) -> Tensor:
+        return leaf(*shape, dtype=other).detach()
+
+    q, k, v = mixed(B, T, 4, H), mixed(B, T, 2, H), own(B, T, 2, H)
+    attended = reference("causal_attention", "attention")(q, k, v, None)
+    memory = [own(*shape) for shape in FUSION]
+    no_past, settings = (None, None, None), (1e-5, False, 1, True)
+    out, *kept = reference("fusion", "fuse_memory")(*memory, *no_past, *settings)
+    experts = own(N, D), own(N, K), *routed(), own(E, D, 2 * F), own(E, F, D)
+    x, norm, angles = own(B, T, 2, H), mixed(H), (mixed(T, H // 2), mixed(T, H // 2))
+    inverse = torch.rand(B * T * 2, dtype=torch.promote_types(dtype, torch.float32))
+    logits, chosen = leaf(N, E).detach(), torch.randint(E, (K, N)).T
+    branches = own(N, M, D), mixed(N, D), mixed(N, M), mixed(N, M, M)
+    matrices, halves, weights = own(N, M, M), own(N, B, 2 * F), mixed(N, B)
+    return [
+        ("causal_attention", "attention", (q, k, v, None)),
+        ("causal_attention", "attention_backward", (own(*attended[0].shape), q, k, v, None, *attended)),
+        ("fusion", "fuse_memory", (*memory, *no_past, *settings)),
+        ("fusion", "fuse_memory_backward", (own(*out.shape), None, *memory, *no_past, *kept, *settings)),
+        ("grouped_swiglu", "grouped_swiglu", experts),
+        ("grouped_swiglu", "grouped_swiglu_backward", (own(N, D), *experts, own(N * K, 2 * F))),
+        ("norm", "norm_rotate", (x, norm, *angles, 1e-5)),
+        ("norm", "norm_rotate", (x, None, *angles, 1e-5)),
+        ("norm", "norm_rotate_backward", (x, x, norm, *angles, inverse)),
+        ("norm", "norm_rotate_backward", (x, x, None, *angles, inverse[:0])),
+        ("norm", "rms_norm", (x, norm, 1e-5)),
+        ("norm", "rms_norm", (own(H), norm, 1e-5)),
+        ("norm", "rms_norm_backward", (x, x, norm, inverse)),
+        ("norm", "rms_norm_backward", (own(H), own(H), norm, inverse[:1])),
+        ("routing", "route", (logits, torch.zeros(E), K, True, True, 1.0)),
+        ("routing", "route_backward", (leaf(N, K).detach(), logits, chosen, True, True, 1.0)),
+        ("routing", "route_backward", (leaf(N, K).detach(), logits, chosen, False, True, 1.0)),
+        ("routing", "router_logits", (own(N, D), mixed(E, D), False)),
+        ("routing", "router_logits_backward", (inverse.new_ones(E, N).T, own(N, D), mixed(E, D), False)),
+        ("sinkhorn", "read_branches", (branches[0], branches[2])),
+        ("sinkhorn", "read_branches_backward", (own(N, D), branches[0], branches[2])),
+        ("sinkhorn", "sinkhorn", (matrices, 3)),
+        ("sinkhorn", "sinkhorn_backward", (matrices, matrices, 3)),
+        ("sinkhorn", "write_branches", branches),
+        ("sinkhorn", "write_branches_backward", (own(N, M, D), *branches)),
+        ("swiglu", "swiglu", (halves, weights)),
+        ("swiglu", "swiglu_backward", (own(N, B, F), halves, weights)),
+        ("swiglu", "swiglu_backward", (own(N, B, F), halves, None)),
+    ]
+
+
+def laid_out(tensors: Tensor | tuple[Tensor, ...]) -> list[Any]:
+    tensors = (tensors,) if isinstance(tensors, Tensor) else tensors
+    return [(x.shape, x.stride(), x.dtype) for x in tensors]
+
+
+TYPES = [(torch.float32, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "other"), TYPES, ids=str)
+def test_a_references_results_lie_in_memory_as_a_compiler_was_told(dtype: torch.dtype, other: torch.dtype) -> None:
+    for module, name, inputs in cases(dtype, other):
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
+            told = laid_out(getattr(torch.ops.engram, name)(*fakes))
+        assert laid_out(reference(module, name)(*inputs)) == told, name
