@@ -1,4 +1,4 @@
-// What the CPU kernels share: the type to compute in, exp that vectorises, and sizes of parallel work.
+// What the CPU kernels share: the type to compute in, exp that vectorises, parallel work, and checks of what is given.
 #pragma once
 
 #include "torch.h"
@@ -6,6 +6,8 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <vector>
 
 namespace engram {
@@ -28,6 +30,50 @@ template <> inline at::BFloat16 narrowed<at::BFloat16>(float x) {
 
 // A number of tokens or rows that is worth a thread of its own, when each touches `width` numbers.
 inline int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
+
+// at::parallel_for takes as many threads as OpenMP gives it. clang's OpenMP is another one than torch's and knows nothing of
+// torch's number of threads, so there the same parts go to as many as there are. The first error is thrown again at the end.
+#ifndef __clang__
+using at::parallel_for;
+#else
+template <typename Visit> void parallel_for(int64_t begin, int64_t end, int64_t least, const Visit& visit) {
+  const int64_t n = end - begin, threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads == 1 || n <= std::max<int64_t>(least, 1)) return at::parallel_for(begin, end, n, visit);
+  const int64_t size = at::divup(n, std::min(threads, at::divup(n, least))), parts = at::divup(n, size);
+  std::once_flag failed;
+  std::exception_ptr error;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t part = 0; part < parts; ++part) {
+    const at::internal::ThreadIdGuard number(part);
+    const c10::ParallelGuard inside(true);
+    try {
+      visit(begin + part * size, std::min(end, begin + (part + 1) * size));
+    } catch (...) {
+      std::call_once(failed, [&] { error = std::current_exception(); });
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+#endif
+
+// Errors say what was given and what is allowed, as those of `engram.config.require` do, and are ValueErrors in Python.
+template <typename Allowed>
+void check_shape(bool ok, const char* name, const at::Tensor& x, const Allowed& allowed) {
+  TORCH_CHECK_VALUE(ok, "shape of ", name, " is ", x.sizes(), ": allowed is ", allowed);
+}
+inline void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef allowed) {
+  check_shape(x.sizes() == allowed, name, x, allowed);
+}
+inline void check_shape(const char* name, const std::optional<at::Tensor>& x, at::IntArrayRef allowed) {
+  if (x) check_shape(name, *x, allowed);
+}
+inline void check_axes(const char* name, const at::Tensor& x, int64_t axes) {
+  TORCH_CHECK_VALUE(x.dim() == axes, "shape of ", name, " is ", x.sizes(), ": allowed is one of ", axes, " axes");
+}
+
+// All axes but the last n, and how many rows they number.
+inline at::IntArrayRef leading(const at::Tensor& x, int64_t n = 1) { return x.sizes().slice(0, x.dim() - n); }
+inline int64_t rows_of(const at::Tensor& x) { return c10::multiply_integers(leading(x)); }
 
 template <typename T> const T* data_or_null(const std::optional<at::Tensor>& x) {
   return x ? x->const_data_ptr<T>() : nullptr;
