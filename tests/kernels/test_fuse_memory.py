@@ -230,3 +230,58 @@ def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     a = inputs()
     arguments = [a[k].requires_grad_() if k in NAMES else a[k] for k in a]
     torch.library.opcheck(torch.ops.engram.fuse_memory.default, arguments)
+
+
+def test_gradients_stand_where_weights_do_in_memory_and_have_their_types() -> None:
+    """Weights that are views of others, or of unlike types."""
+    load_native()
+    a = cast(inputs(M=2, D=4), torch.float32)
+    kept = {name: a[name] for name in NAMES[2:]}
+    same = {name: x.clone().requires_grad_() for name, x in kept.items()}
+    turned = {name: x.movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_() for name, x in kept.items()}
+    types = dict(zip(NAMES[2:], (torch.float32, torch.float64, torch.float64, torch.bfloat16), strict=True))
+    exact = {name: x.to(torch.bfloat16).to(types[name]).requires_grad_() for name, x in kept.items()}
+    wanted, by_strides, by_types, by_type = (
+        torch.autograd.grad(fuse_memory(**a | weights).out.square().sum(), list(weights.values()))
+        for weights in (same, turned, exact, {n: x.detach().float().requires_grad_() for n, x in exact.items()})
+    )
+    for want, got in zip(wanted, by_strides, strict=True):
+        torch.testing.assert_close(got, want)
+    for want, got, dtype in zip(by_type, by_types, types.values(), strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=1e-5)
+
+
+WRONG = {
+    "kv": torch.zeros(2, 5, 24),
+    "query_norm": torch.zeros(8),
+    "key_norm": torch.zeros(2, 7),
+    "conv_norm": None,
+    "conv_weight": torch.zeros(3, 8),
+    "documents": torch.zeros(1, 9, dtype=torch.int64),
+    "past_values": torch.zeros(2, 4, 8),
+    "dilation": 0,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_that_do_not_fit_are_refused_by_name(name: str) -> None:
+    load_native()
+    with pytest.raises(ValueError, match=name):
+        fuse_memory(**cast(inputs(), torch.float32) | {name: WRONG[name]})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_value_breaks_no_other_document_and_no_other_sequence(bad: float) -> None:
+    load_native()
+    a = cast(inputs(B=2, T=9, dilation=1), torch.float32)
+    a["documents"] = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    a["kv"][0, 3] = bad
+    a["hidden"][0, 3] = bad
+    leaves = [a[name].requires_grad_() for name in ("hidden", "kv")]
+    out = fuse_memory(**a).out
+    others = torch.ones(2, 9, dtype=torch.bool)
+    others[0, :4] = False
+    assert out[others].isfinite().all()
+    for grad in torch.autograd.grad(out, leaves, torch.ones_like(out)):
+        assert grad[others].isfinite().all()

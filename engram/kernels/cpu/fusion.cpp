@@ -4,7 +4,7 @@
 // two passes, since the gradient at a token needs what the convolution did at later ones.
 #include "common.h"
 
-#include <ATen/ops/zeros.h>
+#include <algorithm>
 
 namespace engram {
 namespace {
@@ -100,7 +100,7 @@ void forward(const Shape& s, const Weights<wide_t<H>>& w, const H* hidden, const
              wide_t<H>* stats) {
   using W = wide_t<H>;
   const int64_t M = s.M, D = s.D, width = (M + 1) * D;
-  at::parallel_for(0, s.tokens(), grain(3 * M * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.tokens(), grain(3 * M * D), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const V* v = kv + n * width + M * D;
       W vv = 0;
@@ -130,7 +130,7 @@ void forward(const Shape& s, const Weights<wide_t<H>>& w, const H* hidden, const
   });
   std::vector<W> scales(s.tokens() * M);
   if (s.taps) fill_scales(s, alpha, stats, scales.data());
-  at::parallel_for(0, s.tokens(), grain(6 * M * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.tokens(), grain(6 * M * D), [&](int64_t begin, int64_t end) {
     std::vector<W> z(D);
     for (int64_t n = begin; n < end; ++n) {
       const V* v = kv + n * width + M * D;
@@ -167,7 +167,7 @@ void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, co
   std::vector<W> scales(s.tokens() * M);
   if (s.taps) {
     fill_scales(s, alpha, stats, scales.data());
-    at::parallel_for(0, s.tokens(), grain(8 * M * D), [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.tokens(), grain(8 * M * D), [&](int64_t begin, int64_t end) {
       std::vector<W> z(D);
       W* sums = grad_conv.mine();
       for (int64_t n = begin; n < end; ++n) {
@@ -196,7 +196,7 @@ void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, co
       }
     });
   }
-  at::parallel_for(0, s.tokens(), grain(10 * M * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.tokens(), grain(10 * M * D), [&](int64_t begin, int64_t end) {
     std::vector<W> q(D), grad_v(D);
     W* gate_sums = grad_gate.mine();
     for (int64_t n = begin; n < end; ++n) {
@@ -282,10 +282,38 @@ void backward(const Shape& s, const Weights<wide_t<H>>& w, const H* grad_out, co
 
 Maybe contiguous(const Maybe& x) { return x ? Maybe(x->contiguous()) : Maybe(); }
 
+void check(const at::Tensor& hidden, const at::Tensor& kv, const at::Tensor& query_norm, const at::Tensor& key_norm,
+           const Maybe& conv_norm, const Maybe& conv_weight, const Maybe& documents, const Maybe& past_values,
+           const Maybe& past_scales, int64_t dilation) {
+  check_axes("hidden", hidden, 4);
+  const int64_t B = hidden.size(0), T = hidden.size(1), M = hidden.size(2), D = hidden.size(3);
+  const int64_t past = past_values && past_values->dim() > 1 ? past_values->size(1) : 0;
+  check_shape("kv", kv, {B, T, (M + 1) * D});
+  check_shape("query_norm", query_norm, {M, D});
+  check_shape("key_norm", key_norm, {M, D});
+  check_shape("conv_norm", conv_norm, {M, D});
+  if (conv_weight) check_shape("conv_weight", conv_weight, {conv_weight->dim() ? conv_weight->size(0) : 0, M, D});
+  check_shape("documents", documents, {B, past + T});
+  check_shape("past_values", past_values, {B, past, D});
+  check_shape("past_scales", past_scales, {B, past, M});
+  TORCH_CHECK_VALUE(conv_norm.has_value() == conv_weight.has_value(), "conv_norm goes with conv_weight: one is missing");
+  TORCH_CHECK_VALUE(past_values.has_value() == past_scales.has_value(), "past_values go with past_scales: one is missing");
+  TORCH_CHECK_VALUE(dilation >= 1, "dilation is ", dilation, ": allowed is 1 or more");
+}
+
+template <typename W> at::Tensor tensor_of(const std::vector<W>& numbers, const at::Tensor& like) {
+  auto x = at::empty(like.sizes(), like.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "tensor_of", [&] {
+    std::transform(numbers.begin(), numbers.end(), x.mutable_data_ptr<scalar_t>(), [](W n) { return narrowed<scalar_t>(n); });
+  });
+  return x;
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fuse_memory(
     const at::Tensor& hidden_, const at::Tensor& kv_, const at::Tensor& query_norm, const at::Tensor& key_norm,
     const Maybe& conv_norm, const Maybe& conv_weight, const Maybe& documents_, const Maybe& past_values_,
     const Maybe& past_scales_, double eps, bool squash, int64_t dilation, bool residual) {
+  check(hidden_, kv_, query_norm, key_norm, conv_norm, conv_weight, documents_, past_values_, past_scales_, dilation);
   const auto hidden = hidden_.contiguous(), kv = kv_.contiguous();
   const auto documents = contiguous(documents_);
   const auto past_values = contiguous(past_values_), past_scales = contiguous(past_scales_);
@@ -313,9 +341,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Shape s(hidden, conv_weight, documents, past_values, dilation);
   auto grad_hidden = at::empty_like(hidden), grad_kv = at::empty_like(kv);
   auto grad_z = s.taps ? at::empty_like(hidden) : at::empty({0}, hidden.options());
-  auto grad_query = at::empty_like(query_norm), grad_key = at::empty_like(key_norm);
-  auto grad_norm = conv_norm ? at::empty_like(*conv_norm) : at::empty({0}, query_norm.options());
-  auto grad_weight = conv_weight ? at::empty_like(*conv_weight) : at::empty({0}, query_norm.options());
+  at::Tensor grad_query, grad_key, grad_norm = at::empty({0}, query_norm.options()), grad_weight = grad_norm;
   ENGRAM_DISPATCH(hidden, kv, "fuse_memory_backward", [&] {
     using W = wide_t<H>;
     const Weights<W> w(query_norm, key_norm, conv_norm, conv_weight);
@@ -326,24 +352,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                    grad_hidden.mutable_data_ptr<H>(), grad_kv.mutable_data_ptr<V>(), grad_z.mutable_data_ptr<H>(),
                    grad_gate, grad_conv);
     const auto gate = grad_gate.total(), conv = grad_conv.total();
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query_norm.scalar_type(), "fuse_memory_backward", [&] {
-      scalar_t *gq = grad_query.mutable_data_ptr<scalar_t>(), *gk = grad_key.mutable_data_ptr<scalar_t>();
-      for (size_t i = 0; i < gate.size(); ++i) {
-        gq[i] = narrowed<scalar_t>(gate[i] * w.key[i]);
-        gk[i] = narrowed<scalar_t>(gate[i] * w.query[i]);
-      }
-      if (!s.taps) return;
-      scalar_t *gn = grad_norm.mutable_data_ptr<scalar_t>(), *gw = grad_weight.mutable_data_ptr<scalar_t>();
-      for (size_t i = 0; i < w.norm.size(); ++i) {
-        W sum = 0;
-        for (int64_t j = 0; j < s.taps; ++j) {
-          const size_t at = j * w.norm.size() + i;
-          sum += conv[at] * w.taps[at];
-          gw[at] = narrowed<scalar_t>(conv[at] * w.norm[i]);
-        }
-        gn[i] = narrowed<scalar_t>(sum);
-      }
-    });
+    std::vector<W> by_query(gate.size()), by_key(gate.size()), by_norm(w.norm.size()), by_tap(conv.size());
+    for (size_t i = 0; i < gate.size(); ++i) {
+      by_query[i] = gate[i] * w.key[i];
+      by_key[i] = gate[i] * w.query[i];
+    }
+    for (size_t i = 0; i < by_tap.size(); ++i) {
+      by_tap[i] = conv[i] * w.norm[i % by_norm.size()];
+      by_norm[i % by_norm.size()] += conv[i] * w.taps[i];
+    }
+    grad_query = tensor_of(by_query, query_norm);
+    grad_key = tensor_of(by_key, key_norm);
+    if (conv_weight) {
+      grad_norm = tensor_of(by_norm, *conv_norm);
+      grad_weight = tensor_of(by_tap, *conv_weight);
+    }
   });
   return {grad_hidden, grad_kv, grad_query, grad_key, grad_norm, grad_weight};
 }
