@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,3 +124,43 @@ def test_the_operators_keep_their_promises_to_the_compiler() -> None:
 def test_the_norm_is_right_where_rows_are_not_side_by_side() -> None:
     x = torch.randn(4, 6, 10).transpose(0, 1)
     torch.testing.assert_close(rms_norm(x, torch.ones(10), EPS), F.rms_norm(x, (10,), None, EPS))
+
+
+@pytest.mark.parametrize("bad", [-100, -1, 7])
+def test_a_target_that_is_no_logit_is_refused_before_any_is_touched(bad: int) -> None:
+    logits = torch.randn(3, 7)
+    before = logits.clone()
+    with pytest.raises(IndexError, match=f"target is {bad}: allowed is 0 to 6"):
+        cross_entropy_(logits, torch.tensor([0, bad, 6]))
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("view", [lambda x: x[:, :7], lambda x: x[:, ::2], lambda x: x.T])
+def test_logits_may_lie_anywhere_and_what_is_between_them_stays(view: Callable[[Tensor], Tensor]) -> None:
+    ours, theirs = (torch.randn(6, 10, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    targets = torch.randint(0, 5, view(ours).shape[:1])
+    torch.testing.assert_close(cross_entropy_(view(ours), targets), cross_entropy_reference_(view(theirs), targets))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
+    x, cos = torch.randn(2, 5, 3, 8), torch.ones(5, 4)
+    with pytest.raises(ValueError, match=r"weight is \[8\]: allowed is \[16\]"):
+        rms_norm(torch.randn(4, 16), torch.ones(8), EPS)
+    for name, arguments in (
+        ("x", (x[..., :7], None, cos, cos)),
+        ("weight", (x, torch.ones(4), cos, cos)),
+        ("cos", (x, None, cos[:4], cos)),
+        ("sin", (x, None, cos, cos[:, :3])),
+    ):
+        with pytest.raises(ValueError, match=f"shape of {name} is"):
+            norm_rotate(*arguments, EPS)
+    with pytest.raises(ValueError, match=r"targets is \[3\]: allowed is \[4\]"):
+        cross_entropy_(torch.randn(4, 6), torch.zeros(3, dtype=torch.int64))
+
+
+def test_rows_of_nothing_have_a_norm_of_nothing() -> None:
+    x, weight = torch.zeros(2, 0, requires_grad=True), torch.zeros(0, requires_grad=True)
+    out = rms_norm(x, weight, EPS)
+    out.sum().backward()
+    assert out.shape == (2, 0)

@@ -5,13 +5,13 @@ namespace engram {
 namespace {
 
 template <typename T>
-void cross_entropy(T* logits, const int64_t* target, int64_t N, int64_t V, wide_t<T>* losses) {
+void cross_entropy(T* logits, int64_t stride, const int64_t* target, int64_t N, int64_t V, wide_t<T>* losses) {
   using W = wide_t<T>;
-  at::parallel_for(0, N, grain(8 * V), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N, grain(8 * V), [&](int64_t begin, int64_t end) {
     std::vector<W> buffer(V);
     W* p = buffer.data();
     for (int64_t n = begin; n < end; ++n) {
-      T* row = logits + n * V;
+      T* row = logits + n * stride;
       W top = widened(row[0]);
 #pragma omp simd reduction(max : top)
       for (int64_t v = 0; v < V; ++v) {
@@ -34,13 +34,20 @@ void cross_entropy(T* logits, const int64_t* target, int64_t N, int64_t V, wide_
 }
 
 at::Tensor cross_entropy_(at::Tensor logits, const at::Tensor& targets_) {
-  const auto targets = targets_.contiguous();
+  check_axes("logits", logits, 2);
   const int64_t N = logits.size(0), V = logits.size(1);
+  check_shape("targets", targets_, {N});
+  const auto targets = targets_.contiguous();
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < N; ++n)
+    TORCH_CHECK_INDEX(target[n] >= 0 && target[n] < V, "target is ", target[n], ": allowed is 0 to ", V - 1);
+  auto rows = logits.stride(1) == 1 ? logits : logits.contiguous();
   auto losses = at::empty({N}, logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "cross_entropy_", [&] {
-    cross_entropy(logits.mutable_data_ptr<scalar_t>(), targets.const_data_ptr<int64_t>(), N, V,
+    cross_entropy(rows.mutable_data_ptr<scalar_t>(), rows.stride(0), target, N, V,
                   losses.mutable_data_ptr<wide_t<scalar_t>>());
   });
+  if (!rows.is_same(logits)) logits.copy_(rows);
   return losses;
 }
 

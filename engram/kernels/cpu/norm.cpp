@@ -10,7 +10,7 @@ using Maybe = std::optional<at::Tensor>;
 template <typename T>
 void normalize(const T* x, const wide_t<T>* weight, int64_t R, int64_t D, double eps, T* y, wide_t<T>* inverse) {
   using W = wide_t<T>;
-  at::parallel_for(0, R, grain(3 * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, R, grain(3 * D), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* in = x + r * D;
       W square = 0;
@@ -28,7 +28,7 @@ template <typename T>
 void normalize_backward(const T* grad, const T* x, const wide_t<T>* weight, const wide_t<T>* inverse, int64_t R, int64_t D,
                         T* grad_x, PerThread<wide_t<T>>& grad_weight) {
   using W = wide_t<T>;
-  at::parallel_for(0, R, grain(5 * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, R, grain(5 * D), [&](int64_t begin, int64_t end) {
     W* sums = grad_weight.mine();
     for (int64_t r = begin; r < end; ++r) {
       const T *g = grad + r * D, *in = x + r * D;
@@ -49,10 +49,12 @@ void normalize_backward(const T* grad, const T* x, const wide_t<T>* weight, cons
 }
 
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x_, const at::Tensor& weight_, double eps) {
+  check_shape(x_.dim() > 0, "x", x_, "one of 1 axis or more");
+  check_shape("weight", weight_, {x_.size(-1)});
   const auto x = x_.contiguous();
   const auto options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const auto weight = weight_.to(options.dtype()).contiguous();
-  const int64_t D = weight.numel(), R = x.numel() / D;
+  const int64_t D = weight.numel(), R = rows_of(x);
   auto y = at::empty_like(x), inverse = at::empty({R}, options);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "rms_norm", [&] {
     using W = wide_t<scalar_t>;
@@ -65,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x_, const at::Tens
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad_, const at::Tensor& x_,
                                                      const at::Tensor& weight_, const at::Tensor& inverse) {
   const auto grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.to(inverse.options().dtype()).contiguous();
-  const int64_t D = weight.numel(), R = x.numel() / D;
+  const int64_t D = weight.numel(), R = rows_of(x);
   auto grad_x = at::empty_like(x), grad_weight = at::empty({D}, inverse.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "rms_norm_backward", [&] {
     using W = wide_t<scalar_t>;
@@ -93,7 +95,7 @@ void rotate(const T* x, const Heads& s, const wide_t<T>* weight, const wide_t<T>
   using W = wide_t<T>;
   using V = vector_t<T>;
   const int64_t c = s.c, half = c / 2;
-  at::parallel_for(0, s.B * s.T, grain(4 * c * s.h), [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.B * s.T, grain(4 * c * s.h), [&](int64_t begin, int64_t end) {
     each_head(s, begin, end, [&](int64_t i, int64_t position, int64_t start) {
       const T* in = x + start;
       const W *cos = cosine + position * half, *sin = sine + position * half;
@@ -126,7 +128,7 @@ void rotate_backward(const T* grad, const T* x, const Heads& s, const wide_t<T>*
   using W = wide_t<T>;
   using V = vector_t<T>;
   const int64_t c = s.c, half = c / 2;
-  at::parallel_for(0, s.B * s.T, grain(6 * c * s.h), [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.B * s.T, grain(6 * c * s.h), [&](int64_t begin, int64_t end) {
     std::vector<W> back(c);
     W *sums = grad_weight.mine(), *turned = back.data();
     each_head(s, begin, end, [&](int64_t i, int64_t position, int64_t start) {
@@ -162,6 +164,12 @@ void rotate_backward(const T* grad, const T* x, const Heads& s, const wide_t<T>*
 
 std::tuple<at::Tensor, at::Tensor> norm_rotate(const at::Tensor& x_, const Maybe& weight_, const at::Tensor& cosine_,
                                                const at::Tensor& sine_, double eps) {
+  check_axes("x", x_, 4);
+  const int64_t T = x_.size(1), c = x_.size(3);
+  check_shape(c % 2 == 0, "x", x_, "heads [B, T, h, c] with c even");
+  check_shape("weight", weight_, {c});
+  check_shape("cos", cosine_, {T, c / 2});
+  check_shape("sin", sine_, {T, c / 2});
   const auto x = with_heads_together(x_);
   const Heads s(x);
   const auto options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
