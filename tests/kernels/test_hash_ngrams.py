@@ -68,7 +68,7 @@ def test_rows_are_those_of_unbounded_integers(data: st.DataObject) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(2, 2**62), st.integers(0, 2**63 - 1), st.sampled_from([-1, 0, 1]))
+@given(st.integers(1, 2**62) | st.sampled_from([1, 2, 4096]), st.integers(0, 2**63 - 1), st.sampled_from([-1, 0, 1]))
 def test_the_remainder_is_exact_over_the_whole_range(modulus: int, mix: int, side: int) -> None:
     """One id times one multiplier spans all mixes below 2^63; the modulus need not be prime. Of nine heads eight are
     computed together and one alone."""
@@ -111,3 +111,23 @@ def test_rows_of_a_batch_are_hashed_apart() -> None:
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     arguments = (torch.tensor([[1, 2, 3]]), None, torch.tensor([97]), torch.tensor([0]), [3, 5], [2], 0, 0, -1, 4)
     torch.library.opcheck(torch.ops.engram.hash_ngrams.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("documents", torch.zeros(1, 7, dtype=torch.int64)),
+        ("offsets", torch.zeros(1, dtype=torch.int64)),
+        ("modulus", torch.tensor([97, 0])),
+        ("past", 8),
+        ("multipliers", (3,)),
+        ("orders", (3, 2)),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_name(name: str, wrong: Any) -> None:
+    load_native()
+    options = {"documents": None, "moduli": torch.tensor([97, 101]), "offsets": torch.tensor([0, 97])}
+    options |= {"multipliers": (3, 5, 7), "orders": (2, 3), "past": 0, "pad_id": 0, "eos_id": -1, "n_ids": 9}
+    options["moduli" if name == "modulus" else name] = wrong
+    with pytest.raises(ValueError, match=name):
+        hash_ngrams(torch.ones(3, 7, dtype=torch.int64), **options)  # type: ignore[arg-type]

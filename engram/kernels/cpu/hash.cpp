@@ -1,6 +1,8 @@
 // Canonical ids -> table rows: multiply, XOR and reduce modulo each head's prime (reference in kernels/hashing.py).
 #include "vectors.h"
 
+#include <algorithm>
+
 namespace engram {
 namespace {
 
@@ -17,7 +19,7 @@ inline Longs longs(const int64_t* from) {
 //
 // In double, x * (1 / p) is off by four roundings, each of at most 2^-53 of it. With the inverse lowered by as much it
 // is never above x / p, and for x < 2^63 and p >= 2^13 less than 1 below: its floor is right or one less. Moduli below
-// that take 64-bit fixed point: floor(x * floor(2^64 / p) / 2^64) is right or one less for every x below 2^64.
+// that take 64-bit fixed point: floor(x * floor((2^64 - 1) / p) / 2^64) is right or one less for every x below 2^64.
 struct Moduli {
   std::vector<int64_t> p, offset;
   std::vector<double> inverse;
@@ -28,8 +30,9 @@ struct Moduli {
     p.assign(m.const_data_ptr<int64_t>(), m.const_data_ptr<int64_t>() + m.numel());
     offset.assign(o.const_data_ptr<int64_t>(), o.const_data_ptr<int64_t>() + o.numel());
     for (const int64_t modulus : p) {
+      TORCH_CHECK_VALUE(modulus >= 1, "modulus is ", modulus, ": allowed is 1 or more");
       inverse.push_back((1 - 0x1p-51) / static_cast<double>(modulus));
-      fixed.push_back(static_cast<uint64_t>((__uint128_t(1) << 64) / modulus));
+      fixed.push_back(~uint64_t(0) / modulus);
       large = large && modulus >= (int64_t(1) << 13);
     }
   }
@@ -91,8 +94,17 @@ struct Mixer {
 at::Tensor hash_ngrams(const at::Tensor& ids, const std::optional<at::Tensor>& documents,
                        const at::Tensor& moduli, const at::Tensor& offsets, at::IntArrayRef multipliers,
                        at::IntArrayRef orders, int64_t past, int64_t pad_id, int64_t eos_id, int64_t n_ids) {
-  const int64_t B = ids.size(0), S = ids.size(1), T = S - past, H = moduli.numel();
-  const int64_t n_orders = orders.size(), heads = H / n_orders, context = orders.back() - 1;
+  check_axes("ids", ids, 2);
+  check_shape("documents", documents, ids.sizes());
+  check_shape("offsets", offsets, moduli.sizes());
+  const int64_t B = ids.size(0), S = ids.size(1), T = S - past, H = moduli.numel(), n_orders = orders.size();
+  TORCH_CHECK_VALUE(past >= 0 && T >= 0, "past is ", past, ": allowed is 0 to ", S);
+  TORCH_CHECK_VALUE(n_orders > 0 && orders.front() >= 1 && std::is_sorted(orders.begin(), orders.end()), "orders are ", orders,
+                    ": allowed are ascending ones from 1");
+  check_shape(H % n_orders == 0, "moduli", moduli, "as many of each order");
+  const int64_t heads = H / n_orders, context = orders.back() - 1;
+  TORCH_CHECK_VALUE(static_cast<int64_t>(multipliers.size()) > context, "multipliers are ", multipliers.size(), ": allowed are ",
+                    context + 1, " or more");
   const auto ids_c = ids.contiguous();
   const auto documents_c = documents ? std::optional(documents->contiguous()) : std::nullopt;
   const int64_t* id = ids_c.const_data_ptr<int64_t>();
@@ -103,7 +115,7 @@ at::Tensor hash_ngrams(const at::Tensor& ids, const std::optional<at::Tensor>& d
   int64_t* out = rows.mutable_data_ptr<int64_t>();
 
   const int64_t blocks = (T + kTokens - 1) / kTokens;  // of a row
-  at::parallel_for(0, B * blocks, grain(2 * H * std::min(T, kTokens)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, B * blocks, grain(2 * H * std::min(T, kTokens)), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> near(2 * (context + kTokens)), mix(n_orders * kTokens);
     int64_t *near_id = near.data() + context, *near_kind = near_id + kTokens + context;
     for (int64_t i = begin; i < end; ++i) {
