@@ -152,7 +152,7 @@ def test_any_numbers_equal_the_loop(N: int, E: int, K: int, D: int, width: int, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("D", "width", "tokens"), [(130, 70, 700), (65, 33, 40), (3, 1, 5)])
+@pytest.mark.parametrize(("D", "width", "tokens"), [(130, 70, 700), (65, 33, 40), (3, 1, 5), (0, 4, 5), (4, 0, 5)])
 def test_the_kernel_is_its_reference_over_panels_and_blocks_of_rows(dtype, D, width, tokens) -> None:
     inputs, experts = random_inputs(dtype, N=tokens, E=3, D=D, width=width, K=2)
     place, copy, ends, _ = lay_out(experts, torch.bincount(experts.flatten(), minlength=3), 1)

@@ -42,3 +42,23 @@ def test_axes_before_the_last_stay_and_other_types_take_torchs() -> None:
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     arguments = (torch.randn(20, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True), torch.randn(4))
     torch.library.opcheck(torch.ops.engram.linear.default, arguments)
+
+
+@pytest.mark.parametrize(("N", "K", "O"), [(32, 0, 16), (80, 0, 5), (80, 6, 0)])
+def test_a_sum_of_nothing_is_zero(N: int, K: int, O: int) -> None:  # noqa: E741
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((N, K), (O, K), (O,)))
+    for spoilt in [torch.full((n,), 7.0) for n in (N * 16, N * 6, N * O, O * 16) for _ in range(9)]:
+        del spoilt  # memory that is likely used again
+    ours, torchs = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert torch.equal(ours, torchs)
+    grads, expected = (torch.autograd.grad(out.sum(), (x, weight, bias)) for out in (ours, torchs))
+    for got, want in zip(grads, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
+    x, weight = torch.randn(32, 8), torch.randn(4, 8)
+    with pytest.raises(ValueError, match=r"weight is \[4, 8\]: allowed is \[4, 6\]"):
+        linear(x[:, :6], weight)
+    with pytest.raises(ValueError, match=r"bias is \[1\]: allowed is \[4\]"):
+        linear(x, weight, torch.ones(1))

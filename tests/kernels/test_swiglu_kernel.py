@@ -72,3 +72,20 @@ def test_large_gates_neither_overflow_nor_lose_their_sign(gate: float) -> None:
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     arguments = (torch.randn(4, 6, requires_grad=True), torch.rand(4, requires_grad=True))
     torch.library.opcheck(torch.ops.engram.swiglu.default, arguments)
+
+
+def test_rows_of_nothing_give_their_weights_no_gradient() -> None:
+    load_native()
+    weights = torch.ones(8, requires_grad=True)
+    for spoilt in [torch.full((8,), 5.0) for _ in range(9)]:
+        del spoilt  # memory that is likely used again
+    swiglu(torch.zeros(8, 0, requires_grad=True), weights).sum().backward()
+    assert torch.equal(weights.grad, torch.zeros(8))  # type: ignore[arg-type]
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
+    load_native()
+    with pytest.raises(ValueError, match=r"gate_up is \[2, 5\]: allowed is \[..., 2F\]"):
+        swiglu(torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"weights is \[1\]: allowed is \[4\]"):
+        swiglu(torch.ones(4, 6), torch.ones(1))

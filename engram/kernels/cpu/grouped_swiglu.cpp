@@ -34,7 +34,7 @@ template <typename Start> void each_expert(const Sizes& s, const Start& start) {
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return s.rows(a) > s.rows(b); });
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), s.E), 1, [&](int64_t, int64_t) {
+  parallel_for(0, std::min<int64_t>(at::get_num_threads(), s.E), 1, [&](int64_t, int64_t) {
     auto visit = start();
     for (int64_t i = next++; i < s.E && s.rows(order[i]) > 0; i = next++) visit(order[i]);
   });
@@ -169,7 +169,7 @@ void backward(const Sizes& s, const T* grad, const T* x, const wide_t<T>* weight
 
 // out [N, D]: the sum of each token's K rows.
 template <typename T> void collect(const Sizes& s, const T* rows, const int64_t* place, T* out) {
-  at::parallel_for(0, s.N, grain(s.K * s.D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.N, grain(s.K * s.D), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
       for (int64_t d = 0; d < s.D; d += kLanes<T>) {
         vector_t<T> sum{};
@@ -187,6 +187,15 @@ struct Inputs {
          const at::Tensor& ends_, const at::Tensor& w_gate_up_, const at::Tensor& w_down_)
       : place(place_.contiguous()), copy(copy_.contiguous()), ends(ends_.contiguous()),
         wide(x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
+    check_axes("x", x_, 2);
+    check_axes("w_down", w_down_, 3);
+    check_axes("place", place, 2);
+    const int64_t D = x_.size(1), E = w_down_.size(0), F = w_down_.size(1);
+    check_shape("w_down", w_down_, {E, F, D});
+    check_shape("w_gate_up", w_gate_up_, {E, D, 2 * F});
+    check_shape("ends", ends, {E});
+    check_shape("place", place, {x_.size(0), place.size(1)});
+    check_shape("weights", weights_, place.sizes());
     type = x_.scalar_type() == at::kBFloat16 && kHasBFloat16Products ? at::kBFloat16 : wide;
     x = x_.to(type).contiguous();
     weights = weights_.to(wide).contiguous();

@@ -25,7 +25,7 @@ struct Panels {
 
 // Calls pack(first lane, how many) for every panel.
 template <typename Pack> void each_panel(int64_t lanes, int64_t work, const Pack& pack) {
-  at::parallel_for(0, (lanes + kPanel - 1) / kPanel, grain(kPanel * work), [&](int64_t begin, int64_t end) {
+  parallel_for(0, (lanes + kPanel - 1) / kPanel, grain(kPanel * work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) pack(i * kPanel, std::min(kPanel, lanes - i * kPanel));
   });
 }
@@ -34,7 +34,7 @@ template <typename Pack> void each_panel(int64_t lanes, int64_t work, const Pack
 void multiply(const T* x, int64_t N, int64_t P, const Panels& b, int64_t lanes, const T* bias, T* out) {
   const int64_t width = padded_lanes<T>(lanes), panels = (lanes + kPanel - 1) / kPanel;
   const int64_t blocks = (N + kRows - 1) / kRows, groups = (panels + kGroup - 1) / kGroup;
-  at::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t from = task / groups * kRows, M = std::min(kRows, N - from), first = task % groups * kGroup;
       for (int64_t i = first; i < std::min(first + kGroup, panels); ++i) {
@@ -54,7 +54,11 @@ at::Tensor without_padding(const at::Tensor& x, int64_t lanes) {
 }
 
 at::Tensor linear(const at::Tensor& x_, const at::Tensor& weight_, const Maybe& bias_) {
+  check_axes("x", x_, 2);
+  check_axes("weight", weight_, 2);
   const int64_t N = x_.size(0), K = x_.size(1), O = weight_.size(0);
+  check_shape("weight", weight_, {O, K});
+  check_shape("bias", bias_, {O});
   if (N < kFew) return at::linear(x_, weight_, bias_);
   const auto x = x_.contiguous(), weight = weight_.contiguous();
   const auto bias = bias_ ? Maybe(bias_->contiguous()) : Maybe();

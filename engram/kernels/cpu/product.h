@@ -86,8 +86,11 @@ void product_with_panel(Left<T> a, const typename Factor<T>::Unit* b, int64_t n,
                         int64_t ldc, bool add = false) {
   const int64_t lanes = padded_lanes<T>(std::min(kPanel, N - n));
   const auto* panel = b + n * P;
-  for (int64_t p = 0; p < P; p += kSummed)
+  int64_t p = 0;
+  do {  // once for a sum of nothing
     product<T>({a.data + p * a.step, a.row, a.step}, panel + p * lanes, lanes, M, lanes, std::min(kSummed, P - p), c, ldc, add || p > 0);
+    p += kSummed;
+  } while (p < P);
 }
 
 // C [M, N] = A [M, P] B, of panels.

@@ -5,7 +5,7 @@ namespace engram {
 namespace {
 
 template <typename T> void forward(const T* in, const wide_t<T>* weight, int64_t P, int64_t F, T* out) {
-  at::parallel_for(0, P, grain(4 * F), [&](int64_t begin, int64_t end) {
+  parallel_for(0, P, grain(4 * F), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       swiglu_row(in + p * 2 * F, in + (p * 2 + 1) * F, F, weight ? weight[p] : wide_t<T>(1), out + p * F);
   });
@@ -14,7 +14,7 @@ template <typename T> void forward(const T* in, const wide_t<T>* weight, int64_t
 template <typename T>
 void backward(const T* grad, const T* in, const wide_t<T>* weight, int64_t P, int64_t F, T* out, wide_t<T>* out_weight) {
   using W = wide_t<T>;
-  at::parallel_for(0, P, grain(6 * F), [&](int64_t begin, int64_t end) {
+  parallel_for(0, P, grain(6 * F), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const T* gate = in + p * 2 * F;
       T* by_gate = out + p * 2 * F;
@@ -33,13 +33,15 @@ Maybe widened(const Maybe& weights, const at::Tensor& like) {
 }
 
 at::Tensor swiglu(const at::Tensor& gate_up_, const Maybe& weights_) {
+  check_shape(gate_up_.dim() > 0 && gate_up_.size(-1) % 2 == 0, "gate_up", gate_up_, "[..., 2F]");
+  check_shape("weights", weights_, leading(gate_up_));
   const auto gate_up = gate_up_.contiguous();
   const auto weights = widened(weights_, gate_up);
   auto shape = gate_up.sizes().vec();
   const int64_t F = shape.back() /= 2;
   auto result = at::empty(shape, gate_up.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, gate_up.scalar_type(), "swiglu", [&] {
-    forward(gate_up.const_data_ptr<scalar_t>(), data_or_null<wide_t<scalar_t>>(weights), F ? result.numel() / F : 0, F,
+    forward(gate_up.const_data_ptr<scalar_t>(), data_or_null<wide_t<scalar_t>>(weights), rows_of(gate_up), F,
             result.mutable_data_ptr<scalar_t>());
   });
   return result;
@@ -55,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad_, cons
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, gate_up.scalar_type(), "swiglu_backward", [&] {
     using W = wide_t<scalar_t>;
     backward(grad.const_data_ptr<scalar_t>(), gate_up.const_data_ptr<scalar_t>(), data_or_null<W>(weights),
-             F ? grad.numel() / F : 0, F, grad_gate_up.mutable_data_ptr<scalar_t>(), grad_weights.mutable_data_ptr<W>());
+             rows_of(gate_up), F, grad_gate_up.mutable_data_ptr<scalar_t>(), grad_weights.mutable_data_ptr<W>());
   });
   return {grad_gate_up, weights_ ? grad_weights.to(weights_->scalar_type()) : grad_weights};
 }
