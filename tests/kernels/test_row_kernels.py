@@ -104,3 +104,37 @@ def test_a_row_beyond_the_table_is_refused(row: int) -> None:
     load_native()
     with pytest.raises(IndexError, match=f"row {row} of a table of 40 rows"):
         gather_rows(torch.zeros(40, 3), torch.tensor([0, row]))
+
+
+def test_a_row_moved_at_a_later_step_is_decayed_as_the_reference_does() -> None:
+    """As after a checkpoint was mixed with another's state."""
+    load_native()
+    options = {"step": 2, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "seed": 0}
+    rows, grads = torch.tensor([0, 3]), torch.randn(2, 4)
+    ours, theirs = (state(9, 4, torch.float32, False, True) for _ in range(2))
+    for _, kept in (ours, theirs):
+        kept[:, -1] = 8
+    row_adam_(*ours, rows, grads, **options)  # type: ignore[arg-type]
+    row_adam_reference_(*theirs, rows, grads, **options)  # type: ignore[arg-type]
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_what_would_reach_beyond_rows_and_state_is_refused_by_name() -> None:
+    load_native()
+    options = {"step": 1, "lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "seed": 0}
+    table, kept, rows, grads = torch.zeros(8, 3), torch.zeros(8, 7), torch.tensor([1]), torch.ones(1, 3)
+    for beyond in (-1, 8, 10**9):
+        with pytest.raises(IndexError, match=f"row {beyond} of a table of 8 rows"):
+            row_adam_(table, kept, torch.tensor([beyond]), grads, **options)  # type: ignore[arg-type]
+    for name, arguments in (
+        ("row_state", (table, kept[:, :6], rows, grads)),
+        ("grads", (table, kept, rows, grads[:, :2])),
+        ("strides of table", (torch.zeros(8, 6)[:, :3], kept, rows, grads)),
+        ("strides of table", (table, torch.zeros(7, 8).T, rows, grads)),
+    ):
+        with pytest.raises(ValueError, match=name):
+            row_adam_(*arguments, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"grads is \[3, 4\]: allowed is \[5, 4\]"):
+        combine_rows(torch.arange(5), torch.ones(3, 4))
+    assert not table.any()

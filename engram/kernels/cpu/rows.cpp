@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kAhead = 24;  // rows to prefetch ahead: they lie far apart in memory
 
 at::Tensor gather_rows(const at::Tensor& table_, const at::Tensor& rows_) {
+  check_axes("table", table_, 2);
   const auto table = table_.contiguous(), rows = rows_.contiguous();
   const int64_t R = table.size(0), width = table.size(1) * table.element_size(), n = rows.numel();
   auto shape = rows.sizes().vec();
@@ -21,7 +22,7 @@ at::Tensor gather_rows(const at::Tensor& table_, const at::Tensor& rows_) {
   const int64_t* row = rows.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < n; ++i)
     TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < R, "row ", row[i], " of a table of ", R, " rows");
-  at::parallel_for(0, n, grain(table.size(1)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, grain(table.size(1)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end)
         for (int64_t at = 0; at < width; at += 64) __builtin_prefetch(from + row[i + kAhead] * width + at);
@@ -36,7 +37,7 @@ template <typename T>
 void sum_groups(const T* g, const int64_t* from, const std::vector<int64_t>& starts, int64_t W, T* sum) {
   using wide = wide_t<T>;
   const int64_t u = starts.size() - 1, n = starts.back();
-  at::parallel_for(0, u, grain(2 * W), [&](int64_t begin, int64_t end) {
+  parallel_for(0, u, grain(2 * W), [&](int64_t begin, int64_t end) {
     std::vector<wide> total(W);
     for (int64_t i = begin; i < end; ++i) {
       if (starts[i] + kAhead < n) __builtin_prefetch(g + from[starts[i] + kAhead] * W);
@@ -52,8 +53,12 @@ void sum_groups(const T* g, const int64_t* from, const std::vector<int64_t>& sta
 }
 
 std::tuple<at::Tensor, at::Tensor> combine_rows(const at::Tensor& rows, const at::Tensor& grads) {
+  check_axes("rows", rows, 1);
+  check_axes("grads", grads, 2);
   const int64_t n = rows.numel(), W = grads.size(1);
-  const auto [sorted, order] = at::sort(rows.contiguous(), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  check_shape("grads", grads, {n, W});
+  at::Tensor sorted, order;
+  std::tie(sorted, order) = at::sort(rows.contiguous(), /*stable=*/true, /*dim=*/0, /*descending=*/false);
   const int64_t* key = sorted.const_data_ptr<int64_t>();
   std::vector<int64_t> starts;
   starts.reserve(n + 1);
@@ -97,7 +102,7 @@ struct Powers {
   explicit Powers(double b) : beta(b), table(256) {
     for (size_t k = 0; k < table.size(); ++k) table[k] = std::pow(b, k);
   }
-  double operator()(int64_t k) const { return k < 256 ? table[k] : std::pow(beta, k); }
+  double operator()(int64_t k) const { return k >= 0 && k < 256 ? table[k] : std::pow(beta, k); }
 };
 
 struct Adam {
@@ -115,7 +120,7 @@ void move_rows(const Adam& a, const int64_t* row, int64_t u, const T* gradients,
   const int64_t firsts = a.beta1 ? W : 0;
   const bool by_row = S - 1 - firsts != W;
   const wide eps = a.eps, new1 = 1 - a.beta1, new2 = 1 - a.beta2;
-  at::parallel_for(0, u, grain(4 * W), [&](int64_t begin, int64_t end) {
+  parallel_for(0, u, grain(4 * W), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end) {
         const int64_t r = row[i + kAhead];
@@ -157,13 +162,24 @@ void move_rows(const Adam& a, const int64_t* row, int64_t u, const T* gradients,
 
 void row_adam(at::Tensor table, at::Tensor row_state, const at::Tensor& rows, const at::Tensor& grads, int64_t step,
               double lr, double beta1, double beta2, double eps, int64_t seed) {
+  check_axes("table", table, 2);
+  check_axes("row_state", row_state, 2);
+  const int64_t R = table.size(0), W = table.size(1), u = rows.numel(), S = row_state.size(1), seconds = S - 1 - (beta1 ? W : 0);
+  check_shape(row_state.size(0) == R && (seconds == 1 || seconds == W), "row_state", row_state,
+              "[R, S] with S for moments and step");
+  check_shape("rows", rows, {u});
+  check_shape("grads", grads, {u, W});
+  TORCH_CHECK_VALUE(table.is_contiguous() && row_state.is_contiguous(), "strides of table and row_state are ", table.strides(),
+                    " and ", row_state.strides(), ": allowed are those of contiguous ones");
   const auto rows_c = rows.contiguous(), grads_c = grads.contiguous();
+  const int64_t* row = rows_c.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < u; ++i)
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < R, "row ", row[i], " of a table of ", R, " rows");
   const Adam a{step, lr, beta1, beta2, eps, scramble(static_cast<uint32_t>(seed) ^ scramble(static_cast<uint32_t>(step)))};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, table.scalar_type(), "row_adam", [&] {
     using wide = wide_t<scalar_t>;
-    move_rows<scalar_t>(a, rows_c.const_data_ptr<int64_t>(), rows_c.numel(), grads_c.const_data_ptr<scalar_t>(),
-                        table.size(1), table.mutable_data_ptr<scalar_t>(), row_state.mutable_data_ptr<wide>(),
-                        row_state.size(1));
+    move_rows<scalar_t>(a, row, u, grads_c.const_data_ptr<scalar_t>(), W, table.mutable_data_ptr<scalar_t>(),
+                        row_state.mutable_data_ptr<wide>(), S);
   });
 }
 
