@@ -47,6 +47,7 @@ struct Scratch {
 template <typename S>
 void orthogonalize_one(const S* from, int64_t rows, int64_t columns, const double* coefficient, int64_t steps, Scratch& s, T* out) {
   const bool tall = rows > columns;
+  if (tall) std::fill(s.x.begin(), s.x.end(), T(0));  // padding, where the last matrix may have left a NaN
   Floats square{};
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; c += kLanes<T>) {
@@ -77,7 +78,7 @@ at::Tensor orthogonalize(const at::Tensor& updates_, at::ArrayRef<double> coeffi
   const int64_t E = updates.size(0), rows = updates.size(1), columns = updates.size(2), size = rows * columns;
   auto result = at::empty(updates.sizes(), updates.options().dtype(at::kBFloat16));
   T* out = result.mutable_data_ptr<T>();
-  at::parallel_for(0, E, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, E, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(std::min(rows, columns), std::max(rows, columns));
     for (int64_t e = begin; e < end; ++e)
       if (type == at::kFloat)
