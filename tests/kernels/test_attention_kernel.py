@@ -129,3 +129,16 @@ def test_huge_scores_neither_overflow_nor_spoil_the_rest() -> None:
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     q, k, v = (x.detach().requires_grad_() for x in heads(2, 2, 2, 6, 4, 4, torch.float32))
     torch.library.opcheck(torch.ops.engram.attention.default, (q, k, v, documents(2, 6)[0]))
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
+    q, k, v = (x.detach() for x in heads(1, 4, 2, 9, 8, 8, torch.float32))
+    starts = torch.zeros(1, 9, dtype=torch.int64)
+    for name, arguments in (
+        ("k", (q, k[:, :4], v, None)),
+        ("v", (q, k[:, :4], v[:, :4], None)),
+        ("v", (q[:, :, :3], k, v, None)),
+        ("starts", (q, k, v, starts[:, :8])),
+    ):
+        with pytest.raises(ValueError, match=f"shape of {name} is"):
+            attention(*arguments)

@@ -160,3 +160,25 @@ def test_the_operators_keep_their_promises_to_the_compiler() -> None:
     torch.library.opcheck(torch.ops.engram.read_branches.default, (hidden, weights))
     torch.library.opcheck(torch.ops.engram.write_branches.default, (hidden, update, weights, logits))
     torch.library.opcheck(torch.ops.engram.write_branches.default, (hidden, update.bfloat16(), weights, logits))
+
+
+def test_shapes_and_steps_that_do_not_fit_are_refused_by_name() -> None:
+    hidden, update, weights, res = (torch.ones(2, 3, *axes) for axes in ((4, 6), (6,), (4,), (4, 4)))
+    with pytest.raises(ValueError, match="steps is 0: allowed is 1 or more"):
+        sinkhorn(res, 0)
+    for logits in (torch.ones(3, 4, 2), torch.ones(3, 0, 0)):
+        with pytest.raises(ValueError, match="shape of logits is"):
+            sinkhorn(logits)
+    with pytest.raises(ValueError, match="shape of weights is"):
+        read_branches(hidden, weights[:1])
+    for name, arguments in (
+        ("update", (update[:1], weights, res)),
+        ("post", (update, weights[..., :3], res)),
+        ("res", (update, weights, res[..., :3])),
+    ):
+        with pytest.raises(ValueError, match=f"shape of {name} is"):
+            write_branches(hidden, *arguments)
+
+
+def test_no_branches_are_read_as_zeros() -> None:
+    assert torch.equal(read_branches(torch.ones(3, 0, 4), torch.ones(3, 0)), torch.zeros(3, 4))

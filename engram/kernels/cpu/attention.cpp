@@ -75,7 +75,7 @@ void forward(const At<const T>& q, const At<const T>& k, const At<const T>& v, c
   constexpr int64_t pair = Factor<T>::kPair;
   const int64_t N = padded_lanes<T>(q.T), wide = padded_lanes<T>(v.c), c = units<T>(q.c);
   const W scale = 1 / std::sqrt(W(q.c));
-  at::parallel_for(0, q.B * q.h, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, q.B * q.h, 1, [&](int64_t begin, int64_t end) {
     std::vector<Unit> keys(c * N), values(N / pair * wide);
     std::vector<W> scores(kBlock * N), sums(kBlock * wide);
     std::vector<T> shares(kBlock * N);
@@ -123,7 +123,7 @@ void backward(const At<const T>& grad, const At<const T>& q, const At<const T>& 
   const int64_t N = padded_lanes<T>(q.T), shared = q.h / k.h;
   const int64_t narrow = padded_lanes<T>(q.c), wide = padded_lanes<T>(v.c), c = units<T>(q.c), w = units<T>(v.c);
   const W scale = 1 / std::sqrt(W(q.c));
-  at::parallel_for(0, q.B * k.h, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, q.B * k.h, 1, [&](int64_t begin, int64_t end) {
     std::vector<Unit> key_columns(c * N), value_columns(w * N), key_rows(N / pair * narrow);
     std::vector<Unit> query_rows(kBlock * narrow), grad_rows(kBlock * wide), turned(kBlock * N);
     std::vector<W> scores(kBlock * N), by_share(kBlock * N), sums(kBlock * narrow), by_key(N * narrow), by_value(N * wide);
@@ -208,6 +208,13 @@ template <typename Call> void dispatch(at::ScalarType type, const Call& call) {
 
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
                                              const Maybe& starts_) {
+  check_axes("q", q_, 4);
+  check_axes("v", v_, 4);
+  const int64_t B = q_.size(0), T = q_.size(1), g = v_.size(2);
+  check_shape(v_.size(0) == B && v_.size(1) == T && g > 0 && q_.size(2) % g == 0, "v", v_,
+              "[B, T, g, w] with g dividing the heads of q");
+  check_shape("k", k_, {B, T, g, q_.size(3)});
+  check_shape("starts", starts_, {B, T});
   const auto type = type_for(q_, v_);
   const auto q = ready(q_, type), k = ready(k_, type), v = ready(v_, type);
   const auto starts = starts_ ? Maybe(starts_->contiguous()) : Maybe();

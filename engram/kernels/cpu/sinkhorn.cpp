@@ -111,7 +111,7 @@ template <typename W> class Matrices {
 // Calls visit(matrices, first token, how many) for all N tokens, as many at a time as there are lanes.
 template <typename W, typename Visit> void each(int64_t N, int64_t M, int64_t steps, const Visit& visit) {
   constexpr int64_t lanes = Matrices<W>::lanes;
-  at::parallel_for(0, (N + lanes - 1) / lanes, grain(lanes * M * M * steps), [&](int64_t begin, int64_t end) {
+  parallel_for(0, (N + lanes - 1) / lanes, grain(lanes * M * M * steps), [&](int64_t begin, int64_t end) {
     Matrices<W> matrices(M, steps);
     for (int64_t n = begin * lanes; n < std::min(N, end * lanes); n += lanes)
       visit(matrices, n, std::min(lanes, N - n));
@@ -119,6 +119,9 @@ template <typename W, typename Visit> void each(int64_t N, int64_t M, int64_t st
 }
 
 at::Tensor sinkhorn(const at::Tensor& logits_, int64_t steps) {
+  check_shape(logits_.dim() > 1 && logits_.size(-1) == logits_.size(-2) && logits_.size(-1) > 0, "logits", logits_,
+              "[..., M, M] with M 1 or more");
+  TORCH_CHECK_VALUE(steps >= 1, "steps is ", steps, ": allowed is 1 or more");
   const auto logits = logits_.contiguous();
   const int64_t M = logits.size(-1), N = logits.numel() / (M * M);
   auto result = at::empty_like(logits);
@@ -149,7 +152,7 @@ at::Tensor sinkhorn_backward(const at::Tensor& grad_, const at::Tensor& logits_,
 template <typename T>
 void read(const T* hidden, const wide_t<T>* weights, int64_t N, int64_t M, int64_t D, T* out) {
   using W = wide_t<T>;
-  at::parallel_for(0, N, grain(M * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N, grain(M * D), [&](int64_t begin, int64_t end) {
     std::vector<W> buffer(D);
     W* sum = buffer.data();
     for (int64_t n = begin; n < end; ++n) {
@@ -170,7 +173,7 @@ template <typename T>
 void read_backward(const T* grad, const T* hidden, const wide_t<T>* weights, int64_t N, int64_t M, int64_t D,
                    T* grad_hidden, wide_t<T>* grad_weights) {
   using W = wide_t<T>;
-  at::parallel_for(0, N, grain(2 * M * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N, grain(2 * M * D), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const T* g = grad + n * D;
       for (int64_t m = 0; m < M; ++m) {
@@ -194,7 +197,7 @@ template <typename T, typename U>
 void write(const T* hidden, const U* update, const wide_t<T>* post, const wide_t<T>* res, int64_t N, int64_t M,
            int64_t D, T* out) {
   using W = wide_t<T>;
-  at::parallel_for(0, N, grain(M * M * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N, grain(M * M * D), [&](int64_t begin, int64_t end) {
     std::vector<W> buffer(D);
     W* sum = buffer.data();
     for (int64_t n = begin; n < end; ++n) {
@@ -222,7 +225,7 @@ void write_backward(const T* grad, const T* hidden, const U* update, const wide_
                     int64_t N, int64_t M, int64_t D, T* grad_hidden, U* grad_update, wide_t<T>* grad_post,
                     wide_t<T>* grad_res) {
   using W = wide_t<T>;
-  at::parallel_for(0, N, grain(2 * M * M * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N, grain(2 * M * M * D), [&](int64_t begin, int64_t end) {
     std::vector<W> buffer(D);
     W* sum = buffer.data();
     for (int64_t n = begin; n < end; ++n) {
@@ -281,8 +284,10 @@ at::Tensor bfloat16_or_wide(const at::Tensor& x, const at::Tensor& like) {
 }
 
 at::Tensor read_branches(const at::Tensor& hidden_, const at::Tensor& weights_) {
+  check_shape(hidden_.dim() > 1, "hidden", hidden_, "[..., M, D]");
+  check_shape("weights", weights_, leading(hidden_));
   const auto hidden = hidden_.contiguous(), weights = wide(weights_, hidden);
-  const int64_t M = hidden.size(-2), D = hidden.size(-1), N = weights.numel() / M;
+  const int64_t M = hidden.size(-2), D = hidden.size(-1), N = rows_of(weights);
   auto shape = hidden.sizes().vec();
   shape.erase(shape.end() - 2);
   auto result = at::empty(shape, hidden.options());
@@ -296,7 +301,7 @@ at::Tensor read_branches(const at::Tensor& hidden_, const at::Tensor& weights_) 
 std::tuple<at::Tensor, at::Tensor> read_branches_backward(const at::Tensor& grad_, const at::Tensor& hidden_,
                                                           const at::Tensor& weights_) {
   const auto grad = grad_.contiguous(), hidden = hidden_.contiguous(), weights = wide(weights_, hidden);
-  const int64_t M = hidden.size(-2), D = hidden.size(-1), N = weights.numel() / M;
+  const int64_t M = hidden.size(-2), D = hidden.size(-1), N = rows_of(weights);
   auto grad_hidden = at::empty_like(hidden), grad_weights = at::empty_like(weights);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, hidden.scalar_type(), "read_branches_backward", [&] {
     using W = wide_t<scalar_t>;
@@ -308,9 +313,17 @@ std::tuple<at::Tensor, at::Tensor> read_branches_backward(const at::Tensor& grad
 
 at::Tensor write_branches(const at::Tensor& hidden_, const at::Tensor& update_, const at::Tensor& post_,
                           const at::Tensor& res_) {
+  check_shape(hidden_.dim() > 1, "hidden", hidden_, "[..., M, D]");
+  auto shape = hidden_.sizes().vec();
+  check_shape("post", post_, leading(hidden_));
+  shape.back() = hidden_.size(-2);
+  check_shape("res", res_, shape);
+  shape.pop_back();
+  shape.back() = hidden_.size(-1);
+  check_shape("update", update_, shape);
   const auto hidden = hidden_.contiguous(), update = bfloat16_or_wide(update_, hidden);
   const auto post = wide(post_, hidden), res = wide(res_, hidden);
-  const int64_t M = hidden.size(-2), D = hidden.size(-1), N = post.numel() / M;
+  const int64_t M = hidden.size(-2), D = hidden.size(-1), N = rows_of(post);
   auto result = at::empty_like(hidden);
   ENGRAM_DISPATCH(hidden, update, "write_branches", [&] {
     using W = wide_t<T>;
@@ -325,7 +338,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> write_branches_backwa
     const at::Tensor& res_) {
   const auto grad = grad_.contiguous(), hidden = hidden_.contiguous(), update = bfloat16_or_wide(update_, hidden);
   const auto post = wide(post_, hidden), res = wide(res_, hidden);
-  const int64_t M = hidden.size(-2), D = hidden.size(-1), N = post.numel() / M;
+  const int64_t M = hidden.size(-2), D = hidden.size(-1), N = rows_of(post);
   auto grad_hidden = at::empty_like(hidden), grad_update = at::empty_like(update);
   auto grad_post = at::empty_like(post), grad_res = at::empty_like(res);
   ENGRAM_DISPATCH(hidden, update, "write_branches_backward", [&] {
