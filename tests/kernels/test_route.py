@@ -143,3 +143,30 @@ def test_logits_of_tokens_in_bfloat16_are_not_rounded() -> None:
     got = torch.autograd.grad(logits.sum(), (x, weight))
     assert [g.dtype for g in got] == [torch.bfloat16, torch.float32]
     torch.library.opcheck(torch.ops.engram.router_logits.default, (x, weight, True))
+
+
+@pytest.mark.parametrize("sigmoid", [True, False])
+@pytest.mark.parametrize("E", [4, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_expert_is_chosen_twice_whatever_scores_and_bias(sigmoid: bool, E: int, dtype: torch.dtype) -> None:
+    load_native()
+    options: Any = {"sigmoid": sigmoid, "normalize": True, "scale": 1.0}
+    logits, bias = torch.randn(6, E, dtype=dtype), torch.zeros(E, dtype=dtype)
+    closed = torch.full((E,), -torch.inf, dtype=dtype)
+    closed[E - 2] = 0
+    broken = logits.clone()
+    broken[1], broken[3, 0], broken[4, E - 1] = torch.nan, torch.nan, torch.nan
+    for scores, shift in ((logits, closed), (broken, bias), (broken, closed)):
+        routed = route(scores, shift, 3, **options)
+        assert all(len(set(chosen)) == 3 for chosen in routed.experts.tolist())
+        assert routed.load.sum() == 18
+    assert (route(logits, closed, 3, **options).experts == E - 2).any(1).all()  # the open one first
+
+
+def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
+    load_native()
+    options: Any = {"sigmoid": True, "normalize": True, "scale": 1.0}
+    with pytest.raises(ValueError, match="k is 6: allowed is 1 to 4"):
+        route(torch.zeros(1, 4), torch.zeros(4), 6, **options)
+    with pytest.raises(ValueError, match=r"bias is \[1\]: allowed is \[4\]"):
+        route(torch.zeros(1, 4), torch.zeros(1), 2, **options)

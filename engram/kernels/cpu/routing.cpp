@@ -3,6 +3,7 @@
 
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <limits>
 
 namespace engram {
@@ -57,13 +58,21 @@ template <typename T> T largest(const T* key) {
   return best;
 }
 
+// The first expert that was not chosen yet: where scores are NaN, or a bias of -infinity leaves fewer than k.
+int64_t first_left(const int64_t* chosen, int64_t k) {
+  int64_t e = 0;
+  while (std::find(chosen, chosen + k, e) != chosen + k) ++e;
+  return e;
+}
+
 template <typename T>
 void choose(const T* logits, const T* bias, int64_t N, int64_t E, int64_t K, bool sigmoids, bool normalize, T scale,
             int64_t* experts, T* weights, PerThread<int64_t>& load, PerThread<double>& entropy) {
+  constexpr T never = std::numeric_limits<T>::lowest();  // or below
   const int64_t blocks = (E + kBlock - 1) / kBlock;
-  at::parallel_for(0, N, grain(8 * E), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N, grain(8 * E), [&](int64_t begin, int64_t end) {
     // Keys are filled up to whole blocks with what is never chosen.
-    std::vector<T> scores(E), keys(blocks * kBlock, -std::numeric_limits<T>::infinity()), tops(blocks);
+    std::vector<T> scores(E), keys(blocks * kBlock, never), tops(blocks);
     int64_t* loads = load.mine();
     double* nats = entropy.mine();
     T *s = scores.data(), *key = keys.data(), *top = tops.data();
@@ -86,7 +95,11 @@ void choose(const T* logits, const T* bias, int64_t N, int64_t E, int64_t K, boo
         int64_t at = block * kBlock;
         const int64_t last = std::min(E, at + kBlock) - 1;
         while (at < last && !(key[at] == top[block])) ++at;
-        key[at] = -std::numeric_limits<T>::infinity();
+        if (!(top[block] > never)) {
+          at = first_left(chosen, k);
+          block = at / kBlock;
+        }
+        key[at] = never;
         top[block] = largest(key + block * kBlock);
         chosen[k] = at;
         ++loads[at];
@@ -101,7 +114,7 @@ void choose(const T* logits, const T* bias, int64_t N, int64_t E, int64_t K, boo
 template <typename T>
 void choose_backward(const T* grad_weights, const T* logits, const int64_t* experts, int64_t N, int64_t E, int64_t K,
                      bool sigmoids, bool normalize, T scale, T* grad_logits) {
-  at::parallel_for(0, N, grain(6 * E), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N, grain(6 * E), [&](int64_t begin, int64_t end) {
     std::vector<T> scores(E), grads(K);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t* chosen = experts + n * K;
@@ -132,8 +145,11 @@ void choose_backward(const T* grad_weights, const T* logits, const int64_t* expe
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route(const at::Tensor& logits_, const at::Tensor& bias_,
                                                                  int64_t K, bool sigmoids, bool normalize, double scale) {
+  check_axes("logits", logits_, 2);
+  const int64_t N = logits_.size(0), E = logits_.size(1);
+  check_shape("bias", bias_, {E});
+  TORCH_CHECK_VALUE(K >= 1 && K <= E, "k is ", K, ": allowed is 1 to ", E);
   const auto logits = logits_.contiguous(), bias = bias_.to(logits.scalar_type()).contiguous();
-  const int64_t N = logits.size(0), E = logits.size(1);
   const auto integers = logits.options().dtype(at::kLong);
   auto experts = at::empty({N, K}, integers), load = at::empty({E}, integers);
   auto weights = at::empty({N, K}, logits.options()), entropy = at::empty({}, logits.options());
