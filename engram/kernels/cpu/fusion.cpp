@@ -357,10 +357,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       by_query[i] = gate[i] * w.key[i];
       by_key[i] = gate[i] * w.query[i];
     }
-    for (size_t i = 0; i < by_tap.size(); ++i) {
-      by_tap[i] = conv[i] * w.norm[i % by_norm.size()];
-      by_norm[i % by_norm.size()] += conv[i] * w.taps[i];
-    }
+    for (size_t start = 0; start < by_tap.size(); start += by_norm.size())
+      for (size_t i = 0; i < by_norm.size(); ++i) {
+        by_tap[start + i] = conv[start + i] * w.norm[i];
+        by_norm[i] += conv[start + i] * w.taps[start + i];
+      }
     grad_query = tensor_of(by_query, query_norm);
     grad_key = tensor_of(by_key, key_norm);
     if (conv_weight) {
