@@ -1,7 +1,8 @@
 """What a run leaves for whoever started it: progress while it runs, its result when it ends.
 
-`progress.json` says where the run is, about once a second. `result.json` appears when the last step is done and never
-before (one of an earlier run is removed when training starts): whoever finds it knows that the point is finished.
+`progress.json` says where the run is, about once a second. `result.json` and the trained model appear when the last
+step is done and never before (those of an earlier run are removed when training starts): whoever finds the result knows
+that the point is finished, and whoever finds the model that it is this run's.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from engram.parallel.checkpoint import CheckpointWriter
 from engram.training.atomic import write_json
 from engram.training.logs import CSVMetrics
 from engram.training.module import LitEngramLM
-from engram.training.weights import save_checkpoints_model, save_model
+from engram.training.weights import remove_model, save_checkpoints_model, save_model
 
-PROGRESS, RESULT = "progress.json", "result.json"
+PROGRESS, RESULT, MODEL = "progress.json", "result.json", "model"
 # How a run ended, if not well.
 EXIT_BAD_SETTING, EXIT_NON_FINITE, EXIT_LOST_RANK, EXIT_STOPPED = 2, 3, 4, 130
 _SECONDS_BETWEEN_WRITES = 1.0
@@ -67,6 +68,7 @@ class RunRecorder(lightning.Callback):
                 logger.go_on_from(trainer.global_step)
         if trainer.is_global_zero:
             (Path(trainer.default_root_dir) / RESULT).unlink(missing_ok=True)
+            remove_model(Path(trainer.default_root_dir) / MODEL)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch, log the speed, tell the progress."""
@@ -100,7 +102,7 @@ class RunRecorder(lightning.Callback):
         """Tell the last progress; write the trained model if the run came to its last step."""
         self._write_progress(trainer, pl_module)
         if self.save_weights and trainer.global_step >= trainer.max_steps:
-            self._save_model(trainer, pl_module, Path(trainer.default_root_dir) / "model")
+            self._save_model(trainer, pl_module, Path(trainer.default_root_dir) / MODEL)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the result if the run came to its last step."""

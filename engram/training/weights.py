@@ -10,7 +10,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,7 @@ def _write_folder(
     lookup: Tensor | None,
     tokenizer: str | None,
 ) -> Path:
-    owned = (WEIGHTS, INDEX, CHECKSUMS, _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG)
-    with atomic_folder(folder, owned=(*owned, *(path.name for path in folder.glob(PARTS)))) as draft:
+    with atomic_folder(folder, owned=_owned(folder)) as draft:
         with disk_errors_name(folder / WEIGHTS):
             files = write_weights(draft, {ORIGIN: origin_of(config, lookup, tokenizer)})
         with disk_errors_name(folder / CHECKSUMS):
@@ -131,6 +130,20 @@ def _write_folder(
             with disk_errors_name(folder / name):
                 (draft / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def _owned(folder: Path) -> list[str]:
+    """Names of the files that a model's folder may have of `save_model`, the config first: no model is without it."""
+    names = (_CONFIG, WEIGHTS, INDEX, CHECKSUMS, _TOKENIZER, _TOKENIZER_CONFIG)
+    return [*names, *(path.name for path in folder.glob(PARTS))]
+
+
+def remove_model(folder: Path) -> None:
+    """Remove what `save_model` wrote to a folder, and the folder if it is empty then; other files stay."""
+    for name in _owned(folder):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # there is none, or it holds more
+        folder.rmdir()
 
 
 def _json(data: dict[str, Any]) -> str:

@@ -5,11 +5,14 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from small_run import Run
 
+from engram.inference.opening import find_model
+from engram.parallel.checkpoint import last_checkpoint, read_run
 from engram.training.main import main
 from engram.training.module import LitEngramLM
 
@@ -90,6 +93,27 @@ def test_a_run_in_a_used_folder_clears_the_old_result_and_rows_when_it_starts(tr
     assert train(trainer__log_every_n_steps=8).code == 0
     assert found == [False]
     assert list(run.column("train/loss")) == [7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "stop"),
+    [({"model__model__memory__rows": [11, 13]}, (), 6), ({"trainer__max_steps": 12}, ("--ckpt_path", "last"), 10)],
+    ids=["new", "resumed"],
+)
+def test_what_is_found_in_a_used_folder_is_of_the_run_that_was_stopped_there(
+    train: Train, in_batch: InBatch, changes: dict[str, Any], flags: tuple[str, ...], stop: int
+) -> None:
+    run = train(trainer__limit_val_batches=1.0)
+    notes = run.folder / "model" / "notes.txt"
+    notes.write_text("of somebody else")
+    in_batch(stop, interrupt)
+    assert train(flags=flags, **changes).code == 130
+    found = find_model(run.folder)
+    assert found == last_checkpoint(run.folder / "checkpoints")
+    assert read_run(found)["model_config"]["memory"]["rows"] == changes.get("model__model__memory__rows", [97, 131])
+    assert train(flags=flags, **changes).code == 0
+    assert find_model(run.folder) == run.folder / "model"
+    assert notes.read_text() == "of somebody else"
 
 
 def test_a_refused_run_leaves_a_used_folder_as_it_was_but_for_tensorboard(train: Train) -> None:
