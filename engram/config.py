@@ -41,6 +41,11 @@ def require_one_of(name: str, value: object, kinds: Any) -> None:
     require(value in get_args(kinds), name, value, "one of " + ", ".join(get_args(kinds)))
 
 
+def require_seed(name: str, value: int) -> None:
+    """Raise `ConfigError` unless `value` can seed all generators of a run; NumPy's takes the fewest."""
+    require(0 <= value < 2**32, name, value, f"0 to {2**32 - 1}")
+
+
 @contextmanager
 def settings_under(where: str) -> Iterator[None]:
     """Inside, the setting that a `ConfigError` names, which is what it begins with, is told with `where` before it: who
@@ -164,9 +169,9 @@ class MoEConfig:
         require(self.shared_width >= 0, "experts.shared_width", self.shared_width, "0 or more")
         require_one_of("experts.score", self.score, ScoreKind)
         require_one_of("experts.balance", self.balance, BalanceKind)
-        require(self.route_scale > 0, "experts.route_scale", self.route_scale, "above 0")
-        require(self.bias_step >= 0, "experts.bias_step", self.bias_step, "0 or more")
-        require(self.aux_weight >= 0, "experts.aux_weight", self.aux_weight, "0 or more")
+        require(0 < self.route_scale < math.inf, "experts.route_scale", self.route_scale, "above 0, finite")
+        for name in ("bias_step", "aux_weight"):
+            require(0 <= getattr(self, name) < math.inf, f"experts.{name}", getattr(self, name), "0 or more, finite")
         require(self.d_model >= 0, "experts.d_model", self.d_model, "1 or more (0: the model's)")
 
 
@@ -420,7 +425,8 @@ def _coerce_simple(hint: Any, value: Any, where: str) -> Any:
     elif hint is int:
         require(isinstance(value, int) and not isinstance(value, bool), where, value, "a whole number")
     elif hint is float:
-        require(isinstance(value, (int, float)) and not isinstance(value, bool), where, value, "a number")
+        allowed = "a number" + (", which YAML reads as one with a point: 3.0e-2" if isinstance(value, str) else "")
+        require(isinstance(value, (int, float)) and not isinstance(value, bool), where, value, allowed)
         return float(value)
     elif hint is str:
         require(isinstance(value, str), where, value, "text")

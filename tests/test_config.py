@@ -1,6 +1,7 @@
 """What a config promises: it survives a round trip, and what it cannot be is refused in one line."""
 
 import dataclasses
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ def test_rows_of_zero_mean_no_memory() -> None:
         ({"d_model": True}, ["d_model", "True", "whole number"]),
         ({"tied": 1}, ["tied", "1", "true or false"]),
         ({"experts": {"n_experts": 2, "top_k": 4, "width": 8}}, ["top_k", "4", "1 to n_experts (2)"]),
+        (
+            {"experts": {"n_experts": 2, "top_k": 1, "width": 8, "bias_step": inf}},
+            ["experts.bias_step", "inf", "finite"],
+        ),
+        ({"experts": {"n_experts": 2, "top_k": 1, "width": 8, "route_scale": inf}}, ["route_scale", "inf", "finite"]),
+        ({"norm_eps": "1e-6"}, ["norm_eps", "'1e-6'", "3.0e-2"]),
         ({"experts": None}, ["n_dense_layers", "1", "no experts"]),
         ({"memory": {"layers": [3]}}, ["memory.layers", "(3,)", "below n_layers (3)"]),
         ({"memory": {"layers": [1, 1]}}, ["memory.layers", "distinct"]),

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from engram.config import ConfigError, require
+from engram.config import ConfigError, require, require_seed
 from engram.parallel.checkpoint import CHECKPOINTS, last_checkpoint
 from engram.parallel.config import ParallelConfig
 from engram.training.atomic import atomic_file
@@ -106,12 +106,19 @@ class TrainCLI(LightningCLI):
         except UnicodeDecodeError as error:
             raise ConfigError(f"a config file cannot be read: {error}") from error
 
+    def _set_seed(self) -> None:
+        """Raises `ConfigError` for a seed that a generator refuses."""
+        require_seed("seed_everything", self._setting("seed_everything"))
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Set up the process before anything is computed."""
         threads, every = self._setting("threads"), self._setting("checkpoint_every")
         require(threads is None or threads >= 1, "threads", threads, "1 or more")
         require(every >= 1, "checkpoint_every", every, "1 or more")
         trainer = self._setting("trainer")
+        batches = trainer.accumulate_grad_batches
+        require(batches >= 1, "trainer.accumulate_grad_batches", batches, "1 or more")
         precisions = ", ".join(PRECISIONS)
         require(str(trainer.precision) in PRECISIONS, "trainer.precision", trainer.precision, f"one of {precisions}")
         require(

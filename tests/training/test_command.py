@@ -145,6 +145,21 @@ def test_a_config_that_is_no_text_is_refused_in_one_line(tmp_path: Path, capsys:
     assert capsys.readouterr().err.startswith("error: a config file cannot be read: 'utf-8' codec")
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("seed_everything", "-3", "0 to 4294967295"),
+        ("seed_everything", "4294967296", "0 to 4294967295"),
+        ("trainer.accumulate_grad_batches", "0", "1 or more"),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused_in_one_line(
+    train: Train, flag: str, value: str, allowed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(flags=(f"--{flag}={value}",)).code == 2
+    assert capsys.readouterr().err == f"error: {flag} is {value}: allowed is {allowed}\n"
+
+
 @pytest.mark.parametrize("name", ["test", "predict"])
 def test_only_fit_and_validate_are_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name]) == 2

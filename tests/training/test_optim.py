@@ -263,8 +263,11 @@ def test_a_closure_is_asked_once() -> None:
     ("name", "value", "allowed"),
     [
         ("lr", 0.0, "above 0"),
+        ("lr", math.inf, "above 0, finite"),
         ("matrix_optimizer", "sgd", "one of adamw, muon"),
         ("weight_decay", -1.0, "0 or more"),
+        ("weight_decay", math.inf, "0 or more, finite"),
+        ("table_lr_factor", math.inf, "0 or more, finite"),
         ("beta2", 1.0, "0 to below 1"),
         ("table_beta1", 1.0, "0 to below 1, or none for beta1"),
         ("table_second_moment", "column", "one of element, row"),

@@ -5,6 +5,7 @@ The split and the tables' five-fold learning rate without weight decay are those
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,14 +59,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_one_of("optim.matrix_optimizer", self.matrix_optimizer, MatrixOptimizer)
         require_one_of("optim.table_second_moment", self.table_second_moment, SecondMoment)
-        require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        for name in ("lr", "eps"):
+            require(0 < getattr(self, name) < math.inf, f"optim.{name}", getattr(self, name), "above 0, finite")
         for name in ("weight_decay", "table_lr_factor", "clip"):
-            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < math.inf, f"optim.{name}", getattr(self, name), "0 or more, finite")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "0 to below 1")
         own = self.table_beta1
         require(own is None or 0 <= own < 1, "optim.table_beta1", own, "0 to below 1, or none for beta1")
-        require(self.eps > 0, "optim.eps", self.eps, "above 0")
 
 
 def build_optimizer(model: EngramLM, config: OptimConfig) -> Together:
