@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram.budget import ParameterBudget
-from engram.config import ConfigError, ModelConfig, build_config, load_yaml, require, require_one_of
+from engram.config import (
+    ConfigError,
+    MemoryConfig,
+    ModelConfig,
+    build_config,
+    load_yaml,
+    read_settings,
+    require,
+    require_one_of,
+    require_seed,
+    settings_under,
+)
 from engram.parallel.config import ParallelConfig
 from engram.training.optim import OptimConfig
 from engram.training.prepare import DataConfig
@@ -29,7 +41,8 @@ Precision = Literal["bf16-mixed", "32-true", "bf16-true", "16-true"]
 class Variant:
     """Another memory in the place of the plan's: a rival or a control.
 
-    `memory` replaces settings of the base config's memory; empty `rho` and `seeds` take the plan's.
+    `memory` replaces settings of the base config's memory, all but `rows`; empty `rho` and `seeds` take the plan's. Of
+    the plan's rhos those are left out at which no memory is built: every variant is the plan's own model there.
     """
 
     memory: dict[str, Any] = field(default_factory=dict)
@@ -74,14 +87,14 @@ class SweepPlan:
         require_one_of("precision", self.precision, Precision)
         require(MAIN_VARIANT not in self.variants, "variants", MAIN_VARIANT, "any name but that of the main curve")
         for name, variant in self.variants.items():
-            require(
-                name.replace("_", "").replace("-", "").isalnum(), "variants", name, "names of letters, digits, - and _"
-            )
+            named = isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
+            require(named, "variants", name, "names of letters, digits, - and _")
             _check_points(f"variants.{name}.", variant.rho, variant.seeds)
         for name in ("evaluations", "threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("workers", "retries", "tokens_per_s"):
+        for name in ("workers", "retries"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.tokens_per_s < math.inf, "tokens_per_s", self.tokens_per_s, "0 or more, finite")
         least = self.tokens_per_step * self.evaluations
         require(self.tokens >= least, "tokens", self.tokens, f"{least} or more: {self.evaluations} steps of training")
 
@@ -113,6 +126,7 @@ class SweepPlan:
     def base(self) -> ModelConfig:
         """The model whose P_tot and FLOPs all points share."""
         settings = load_yaml(self.model) if isinstance(self.model, str) else self.model
+        require(isinstance(settings, dict), "model", settings, "a model config's path, or a mapping of its settings")
         config = ModelConfig.from_dict(settings)
         require(config.memory is not None, "model.memory", None, "a memory template (its rows may be 0)")
         require(
@@ -127,14 +141,16 @@ class SweepPlan:
         return list(self._points())
 
     def _points(self) -> Iterator[Point]:
-        curves = {MAIN_VARIANT: Variant(), **self.variants}
-        for variant, settings in curves.items():
-            base = _with_memory(self.base, settings.memory)
-            configs = {rho: _named_split(base, rho, self, variant) for rho in settings.rho or self.rho}
-            require(len(set(configs.values())) == len(configs), "rho", tuple(configs), "values that split differently")
-            for seed in settings.seeds or self.seeds:
-                for rho, config in configs.items():
-                    yield Point(self, variant, rho, seed, config)
+        own = {rho: _named_split(self.base, rho, self, MAIN_VARIANT) for rho in self.rho}
+        yield from self._curve(MAIN_VARIANT, Variant(), own)
+        for name, variant in self.variants.items():
+            yield from self._curve(name, variant, _configs_of(self, name, variant))
+
+    def _curve(self, name: str, variant: Variant, configs: dict[float, ModelConfig]) -> Iterator[Point]:
+        require(len(set(configs.values())) == len(configs), "rho", tuple(configs), "values that split differently")
+        for seed in variant.seeds or self.seeds:
+            for rho, config in configs.items():
+                yield Point(self, name, rho, seed, config)
 
 
 @dataclass(frozen=True)
@@ -199,13 +215,32 @@ def _plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _with_memory(base: ModelConfig, settings: dict[str, Any]) -> ModelConfig:
-    if not settings:
-        return base
-    data = base.to_dict()
-    data["memory"] = {**data["memory"], **settings}
-    data["memory"]["rows"] = [0 for _ in data["memory"]["orders"]]
-    return ModelConfig.from_dict(data)
+def _configs_of(plan: SweepPlan, name: str, variant: Variant) -> dict[float, ModelConfig]:
+    """The configs of a variant by rho, less those that are the plan's own: where no memory is built, any kind is."""
+    base = _with_memory(_named_split(plan.base, 1.0, plan, name), name, variant.memory)
+    configs = {rho: _named_split(base, rho, plan, name) for rho in variant.rho or plan.rho}
+    own = {rho: _named_split(plan.base, rho, plan, MAIN_VARIANT) for rho in configs}
+    others = {rho: config for rho, config in configs.items() if _built(config) != _built(own[rho])}
+    where, same = f"variants.{name}", tuple(rho for rho in configs if rho not in others)
+    require(len(others) > 0, f"{where}.memory", variant.memory, f"settings that change the model at rho {same}")
+    require(not (variant.rho and same), f"{where}.rho", same, "values at which it is not the same model as without it")
+    return others
+
+
+def _built(config: ModelConfig) -> ModelConfig:
+    return config if config.has_memory else dataclasses.replace(config, memory=None)
+
+
+def _with_memory(base: ModelConfig, name: str, settings: dict[str, Any]) -> ModelConfig:
+    """A base of no rows with settings of its memory replaced by those of a variant."""
+    assert base.memory is not None
+    where = f"variants.{name}"
+    changes = read_settings(MemoryConfig, settings, f"{where}.memory.")
+    require("rows" not in changes, f"{where}.memory.rows", settings.get("rows"), "no setting: rho decides it")
+    with settings_under(where):
+        none = (0,) * len(changes.get("orders", base.memory.orders))
+        memory = dataclasses.replace(base.memory, **changes, rows=none)
+        return dataclasses.replace(base, memory=memory)
 
 
 def _named_split(base: ModelConfig, rho: float, plan: SweepPlan, variant: str) -> ModelConfig:
@@ -219,7 +254,7 @@ def _check_points(where: str, rho: tuple[float, ...], seeds: tuple[int, ...]) ->
     for value in rho:
         require(0 <= value <= 1, f"{where}rho", value, "0 to 1")
     for seed in seeds:
-        require(seed >= 0, f"{where}seeds", seed, "0 or more")
+        require_seed(f"{where}seeds", seed)
     for name, values in (("rho", rho), ("seeds", seeds)):
         require(len(set(values)) == len(values), f"{where}{name}", values, "values that differ from each other")
 

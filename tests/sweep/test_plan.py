@@ -64,6 +64,19 @@ def test_a_changed_setting_makes_another_point(tmp_path: Path) -> None:
     assert names == [p.name for p in load(tmp_path, data=moved).points()]
 
 
+def test_a_variant_is_trained_where_it_differs_from_the_plans_own_model_alone(tmp_path: Path) -> None:
+    points = load(tmp_path, variants={"shuffled": {"memory": {"kind": "shuffled"}}}, seeds=[0]).points()
+    assert [(p.variant, p.rho) for p in points[3:]] == [("shuffled", 0.0), ("shuffled", 0.5)]
+
+
+def test_variants_have_the_budget_of_a_model_with_rows_of_its_own(tmp_path: Path) -> None:
+    model = {**MODEL, "memory": {**MODEL["memory"], "rows": [970, 1310]}}
+    whole = ParameterBudget.of(ModelConfig.from_dict(model), 32)
+    for point in load(tmp_path, model=model, variants={"shuffled": {"memory": {"kind": "shuffled"}}}).points():
+        assert point.budget.total == pytest.approx(whole.total, rel=2e-3)
+        assert point.budget.flops == pytest.approx(whole.flops, rel=1e-2)
+
+
 def test_the_table_shows_every_split_with_its_deviations(tmp_path: Path) -> None:
     lines = plan_table(load(tmp_path, tokens_per_s=1024.0), workers=2).splitlines()
     assert [line.split()[:2] for line in lines[1:5]] == [
@@ -97,12 +110,23 @@ def test_shipped_plans_load_and_split(path: Path, monkeypatch: pytest.MonkeyPatc
         ({"tokens": 100}, ["tokens is 100", "256 or more"]),
         ({"variants": {"x": {"memry": {}}}}, ["variants.x.memry", "memory"]),
         ({"variants": {"x": {"memory": {"kind": "y"}}}}, ["memory.kind", "'y'", "capacity_one"]),
+        ({"variants": {"x": {"memory": {"orders": 3}}}}, ["variants.x.memory.orders is 3", "a list"]),
+        ({"variants": {"x": {"memory": None}}}, ["variants.x.memory is None", "a mapping"]),
+        ({"variants": {"x": {"memory": {"n_heads": 0}}}}, ["variants.x.memory.n_heads is 0", "1 or more"]),
+        ({"variants": {"x": {"memory": {"rows": [5, 7]}}}}, ["variants.x.memory.rows is [5, 7]", "rho decides"]),
+        ({"variants": {"x": {}}}, ["variants.x.memory is {}", "settings that change the model"]),
+        ({"variants": {"x": {"memory": {"kind": "shuffled"}, "rho": [0.5, 1.0]}}}, ["variants.x.rho is (1.0,)"]),
+        ({"variants": {5: {"memory": {"kind": "shuffled"}}}}, ["variants is 5", "names of letters"]),
         ({"variants": {"engram": {}}}, ["variants", "engram"]),
         ({"model": {**MODEL, "memory": None}}, ["memory", "None", "template"]),
         ({"model": {**MODEL, "experts": {**MODEL["experts"], "shared_width": 0}}}, ["shared_width"]),
         ({"data": {"vocab_size": 400, "seq_len": 32, "batch_size": 4}}, ["vocab_size is 400", "300"]),
         ({"data": {"vocab_size": 300, "seq_len": 64, "batch_size": 4}}, ["data.seq_len is 64", "max_seq_len (32)"]),
-        ({"seeds": [0, -1]}, ["seeds is -1", "0 or more"]),
+        ({"seeds": [0, -1]}, ["seeds is -1", "0 to 4294967295"]),
+        ({"seeds": [2**32]}, ["seeds is 4294967296", "0 to 4294967295"]),
+        ({"tokens_per_s": float("inf")}, ["tokens_per_s is inf", "finite"]),
+        ({"optim": {"lr": "3e-2"}}, ["optim.lr is '3e-2'", "3.0e-2"]),
+        ({"model": 5}, ["model is 5", "path", "mapping"]),
         ({"precision": "fp7"}, ["precision is 'fp7'", "bf16-mixed"]),
         ({"model": "absent.yaml"}, ["absent.yaml"]),
         ({"name": "a/b"}, ["name", "a/b"]),
