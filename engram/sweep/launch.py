@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from engram.config import ConfigError, require
 from engram.sweep.plan import Point, SweepPlan
 from engram.sweep.progress import Display, make_display
-from engram.sweep.records import FAILURE, LOG, SETTINGS
+from engram.sweep.records import FAILURE, LOG, SETTINGS, check_result
 from engram.training.atomic import atomic_file, write_json
 from engram.training.checkpoint import resume_path
 from engram.training.data import TokenData
@@ -159,14 +159,17 @@ def is_finished(point: Point) -> bool:
 
 
 def read_result(point: Point) -> dict[str, Any]:
-    """What a finished point's run recorded. Raises `ConfigError` naming a file that cannot be read."""
+    """What a finished point's run recorded. Raises `ConfigError` naming a file that lacks what a sweep needs."""
     path = point.folder / RESULT
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        check_result(result)
     except ValueError as error:
         raise ConfigError(
-            f"result {str(path)!r} cannot be read ({error}): delete it to train the point again"
+            f"result {str(path)!r} cannot be used ({error}): delete it, and `engram sweep run` writes it again from "
+            "the last checkpoint; delete its folder, and the point is trained again"
         ) from error
+    return result
 
 
 def require_corpus(points: Sequence[Point], corpus_hash: str) -> None:
@@ -194,7 +197,7 @@ def run_sweep(plan: SweepPlan, executor: Executor | None = None, display: Displa
     """Train all points that are not finished; returns those that failed for good.
 
     An interrupt (Ctrl-C) stops the running points; finished ones stay, and the next call goes on where they were.
-    Raises `ConfigError` if finished points were trained on another corpus, or the sweep is being run already.
+    Raises `ConfigError` if a finished result is damaged or of another corpus, or the sweep is being run already.
     """
     points = plan.points()
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -211,6 +214,9 @@ def _run_points(
     executor = executor or LocalExecutor(plan.workers, plan.threads)
     display = display or make_display()
     waiting = [p for p in points if not is_finished(p)]
+    for point in points:
+        if point not in waiting:
+            read_result(point)
     if waiting:
         data = TokenData(plan.data)
         print(f"data: {data.folder}")  # made once here, so that the points find it in the cache

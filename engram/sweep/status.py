@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from engram.sweep.launch import is_finished
+from engram.config import ConfigError
+from engram.sweep.launch import is_finished, read_result
 from engram.sweep.plan import Point
 from engram.sweep.records import FAILURE, SETTINGS, SUBMITTED, TASK, read_record
 from engram.training.recorder import PROGRESS
 
-State = Literal["finished", "failed", "waiting", "running", "stale"]
+State = Literal["finished", "damaged", "failed", "waiting", "running", "stale"]
 STALE_SECONDS = 600.0  # longer than validations, checkpoints and the first step's compilation take
 
 
@@ -25,7 +26,7 @@ STALE_SECONDS = 600.0  # longer than validations, checkpoints and the first step
 class PointStatus:
     """What is known of a point. `step` of `steps`, `loss` (nats a token, of the last logged step) and `tokens_per_s`
     are what its run last said, `seconds_ago` before now. `job`, `node` and `requeues` are those of its last Slurm job;
-    `how` says how it failed."""
+    `how` says how it failed, or what is wrong with its result."""
 
     point: str
     state: State
@@ -54,9 +55,10 @@ def status_of(point: Point, now: float | None = None) -> PointStatus:
         for age in (heard, _seconds_ago(folder / SETTINGS, now), _seconds_ago(folder / TASK, now))
         if age is not None
     ]
+    damage = _damage(point)
     return PointStatus(
         point=point.name,
-        state=_state(is_finished(point), failure, submitted, task, signs),
+        state="damaged" if damage else _state(is_finished(point), failure, submitted, task, signs),
         step=progress.get("step", 0),
         steps=point.plan.steps,
         loss=progress.get("loss"),
@@ -65,8 +67,18 @@ def status_of(point: Point, now: float | None = None) -> PointStatus:
         job=submitted.get("job") or task.get("job"),
         node=task.get("node"),
         requeues=task.get("restart", 0),
-        how=failure.get("how"),
+        how=damage or failure.get("how"),
     )
+
+
+def _damage(point: Point) -> str | None:
+    """What is wrong with a finished point's result."""
+    try:
+        if is_finished(point):
+            read_result(point)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _state(finished: bool, failure: dict, submitted: dict, task: dict, signs: list[float]) -> State:
@@ -107,6 +119,7 @@ def status_table(statuses: Sequence[PointStatus]) -> str:
             f"  {job:<10}{s.node or ''}".rstrip()
         )
     counts = {state: sum(s.state == state for s in statuses) for state in dict.fromkeys(s.state for s in statuses)}
+    lines += [s.how for s in statuses if s.state == "damaged" and s.how]
     lines.append(f"{len(statuses)} points: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     return "\n".join(lines)
 

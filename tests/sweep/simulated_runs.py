@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from engram.sweep.plan import MAIN_VARIANT, Point, SweepPlan
@@ -37,28 +38,33 @@ def run_of(rho: float, seed: int, losses: dict[int, float], speed: float, **chan
     ]
 
 
+def result_of(point: Point, values: Callable[[int], dict[str, float]], **changes: Any) -> dict[str, Any]:
+    """What the run of a point records, with `values` as its validation after each number of tokens."""
+    plan, budget = point.plan, point.budget
+    steps = [plan.steps * (i + 1) // plan.evaluations for i in range(plan.evaluations)]
+    history = [{"step": s, "tokens": s * plan.tokens_per_step} for s in steps]
+    return {
+        "history": [entry | values(entry["tokens"]) for entry in history],
+        "tokens": history[-1]["tokens"],
+        "tokens_per_s": 1000.0,
+        "budget": {
+            "total": budget.total,
+            "active": budget.active,
+            "rho": budget.rho,
+            "flops_per_token": budget.flops,
+        },
+        "model": point.config.to_dict(),
+        "data": {"corpus_hash": "corpus"},
+        "device": "a machine",
+        "threads": 1,
+        "versions": {"torch": "2"},
+        **changes,
+    }
+
+
 def write_results(plan: SweepPlan, values: Callable[[Point, int], dict[str, float]], **changes: Any) -> None:
     """Leave every point of a plan finished, with `values` of it as the history after each number of tokens."""
-    steps = [plan.steps * (i + 1) // plan.evaluations for i in range(plan.evaluations)]
     for point in plan.points():
-        budget = point.budget
-        history = [{"step": s, "tokens": s * plan.tokens_per_step} for s in steps]
-        result = {
-            "history": [entry | values(point, entry["tokens"]) for entry in history],
-            "tokens": history[-1]["tokens"],
-            "tokens_per_s": 1000.0,
-            "budget": {
-                "total": budget.total,
-                "active": budget.active,
-                "rho": budget.rho,
-                "flops_per_token": budget.flops,
-            },
-            "model": point.config.to_dict(),
-            "data": {"corpus_hash": "corpus"},
-            "device": "a machine",
-            "threads": 1,
-            "versions": {"torch": "2"},
-            **changes,
-        }
+        result = result_of(point, partial(values, point), **changes)
         point.folder.mkdir(parents=True, exist_ok=True)
         (point.folder / "result.json").write_text(json.dumps(result))

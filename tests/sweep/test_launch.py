@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
-from small_sweep import FINISH, ScriptExecutor, plan_at, result_of
+from small_sweep import FINISH, ScriptExecutor, finished, plan_at
 
 from engram.cli import main
 from engram.config import ConfigError
@@ -36,7 +37,7 @@ def test_finished_points_are_skipped(tmp_path: Path) -> None:
     plan, _ = plan_at(tmp_path)
     done = plan.points()[1]
     done.folder.mkdir(parents=True)
-    kept = result_of(plan) + "\n"
+    kept = json.dumps(finished(done), indent=4)
     (done.folder / "result.json").write_text(kept)
     executor = ScriptExecutor(FINISH)
     assert run_sweep(plan, executor, LineDisplay()) == []
@@ -105,7 +106,7 @@ def test_points_of_another_corpus_are_not_mixed_in(tmp_path: Path) -> None:
     plan, _ = plan_at(tmp_path)
     assert run_sweep(plan, ScriptExecutor(FINISH), LineDisplay()) == []
     first, second = plan.points()[:2]
-    (first.folder / "result.json").write_text(json.dumps({"data": {"corpus_hash": "another"}}))
+    (first.folder / "result.json").write_text(json.dumps({**finished(first), "data": {"corpus_hash": "another"}}))
     (second.folder / "result.json").unlink()
     with pytest.raises(ConfigError, match=f"{first.name}.*corpus another.*output"):
         run_sweep(plan, ScriptExecutor(FINISH), LineDisplay())
@@ -122,13 +123,43 @@ def test_a_sweep_that_is_running_is_not_run_beside_itself(tmp_path: Path) -> Non
     assert run_sweep(plan, ScriptExecutor(FINISH), AnotherDisplay()) == []
 
 
-def test_results_and_folders_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def without(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda result, text=text: text for text in ('{"data"', "", "{}", "[]", "[1]", "null", "5", "\x00")),
+        *(lambda result, name=name: json.dumps(without(result, name)) for name in ("budget", "history", "data")),
+        lambda result: json.dumps({**result, "history": [{**result["history"][0], "nats": math.nan}]}),
+        lambda result: json.dumps({**result, "history": []}),
+        lambda result: json.dumps({**result, "model": {**result["model"], "memory": None}}),
+    ],
+)
+@pytest.mark.parametrize("action", ["run", "status", "report"])
+def test_a_damaged_result_is_named_by_every_command(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], str], action: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan, path = plan_at(tmp_path)
     point = plan.points()[0]
     point.folder.mkdir(parents=True)
-    (point.folder / "result.json").write_text('{"data"')
-    assert main(["sweep", "report", str(path)]) == 2
-    assert re.fullmatch(rf"error: result '.*{point.name}/result.json' cannot be read .*\n", capsys.readouterr().err)
+    (point.folder / "result.json").write_text(damage(finished(point)))
+    capsys.readouterr()
+    code = main(["sweep", action, str(path)])
+    out, err = capsys.readouterr()
+    named = rf"result '.*{point.name}/result.json' cannot be used \(.*\): delete it, .*"
+    if action == "status":
+        assert code == 0
+        assert re.fullmatch(rf"{point.name} +damaged .*", out.splitlines()[1])
+        assert re.fullmatch(named, out.splitlines()[-2])
+    else:
+        assert code == 2
+        assert re.fullmatch(rf"error: {named}\n", err)
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, path = plan_at(tmp_path)
     _, path = plan_at(tmp_path, output=str(path))
     assert main(["sweep", "run", str(path)]) == 2
     assert re.fullmatch(r"error: cannot use '.*plan.yaml': File exists\n", capsys.readouterr().err)

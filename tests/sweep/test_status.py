@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_sweep import plan_at
+from small_sweep import finished, plan_at
 
 from engram.cli import main
 from engram.sweep.plan import Point
@@ -35,7 +35,7 @@ def write(point: Point, age: float = 0.0, **files: object) -> None:
         ({"run": {}, "progress": PROGRESS}, STALE_SECONDS, "running"),
         ({"run": {}, "progress": PROGRESS}, STALE_SECONDS + 1, "stale"),
         ({"run": {}, "progress": PROGRESS, "failure": {"code": 7, "how": "code 7"}}, 0, "failed"),
-        ({"run": {}, "progress": PROGRESS, "result": {}}, STALE_SECONDS + 1, "finished"),
+        ({"run": {}, "progress": PROGRESS, "result": ...}, STALE_SECONDS + 1, "finished"),
         ({"run": {}, "submitted": SUBMITTED}, 0, "waiting"),
         ({"run": {}, "submitted": SUBMITTED, "task": STARTED}, 0, "running"),
         ({"run": {}, "submitted": SUBMITTED, "task": {**STARTED, "attempt": 1}, "progress": PROGRESS}, 0, "waiting"),
@@ -45,7 +45,7 @@ def write(point: Point, age: float = 0.0, **files: object) -> None:
 )
 def test_the_state_follows_from_the_files(tmp_path: Path, files: dict[str, object], age: float, state: str) -> None:
     point = plan_at(tmp_path)[0].points()[0]
-    write(point, age, **files)
+    write(point, age, **{**files, **({"result": finished(point)} if "result" in files else {})})
     assert status_of(point, NOW).state == state
 
 
@@ -62,7 +62,7 @@ def test_the_command_prints_every_point_with_its_job(tmp_path: Path, capsys: pyt
     plan, path = plan_at(tmp_path)
     first, second, *others = plan.points()
     write(first, age=NOW - time.time() + 90, progress=PROGRESS, submitted=SUBMITTED, task=STARTED)
-    write(second, result={})
+    write(second, result=finished(second))
     assert main(["sweep", "status", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == f"{first.name} running 4/8 3.250 2,100 2 min ago 12 (+1) node1".split()

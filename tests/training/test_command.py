@@ -116,6 +116,15 @@ def test_what_is_found_in_a_used_folder_is_of_the_run_that_was_stopped_there(
     assert notes.read_text() == "of somebody else"
 
 
+def test_a_result_that_was_deleted_is_written_again_from_the_last_checkpoint(train: Train) -> None:
+    run = train()
+    result = run.result
+    (run.folder / "result.json").unlink()
+    assert train(flags=("--ckpt_path", "last")).code == 0
+    assert run.result == result
+    assert find_model(run.folder) == run.folder / "model"
+
+
 def test_a_refused_run_leaves_a_used_folder_as_it_was_but_for_tensorboard(train: Train) -> None:
     run = train()
     before = contents(run.folder)
