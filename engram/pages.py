@@ -35,6 +35,14 @@ def page(title: str, parts: Iterable[str]) -> str:
     return "\n".join([head, f"<h1>{title}</h1>", *parts, "</html>"])
 
 
+def in_short(count: float) -> str:
+    """A count with its unit: 8.19k, 1.72M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return f"{count:.0f}"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """An HTML table; the cells are HTML."""
     lines = ["<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]

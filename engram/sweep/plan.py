@@ -34,6 +34,7 @@ from engram.training.optim import OptimConfig
 from engram.training.prepare import DataConfig
 
 MAIN_VARIANT = "engram"
+LEAST_RHOS = 3  # of a curve: its ends, and one between them
 Precision = Literal["bf16-mixed", "32-true", "bf16-true", "16-true"]
 
 
@@ -280,6 +281,10 @@ def plan_table(plan: SweepPlan, workers: int = 0) -> str:
             + ",".join(str(p.seed) for p in same)
         )
     lines.append(f"{len(points)} points of {plan.steps} steps, {plan.steps * plan.tokens_per_step:,} tokens each")
+    if len(plan.rho) < LEAST_RHOS:
+        lines.append(
+            f"a report will have losses alone: a curve and its verdict need {LEAST_RHOS} values of rho or more"
+        )
     if plan.tokens_per_s and workers:
         seconds = len(points) * plan.steps * plan.tokens_per_step / plan.tokens_per_s / workers
         lines.append(

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
-from engram.pages import BLUE, GREEN, GREY, ORANGE, as_typed
+from engram.pages import BLUE, GREEN, GREY, ORANGE, as_typed, in_short
 from engram.sweep.abilities import Score, least_losses
 from engram.sweep.fit import Curve, Interval, below, between
 from engram.sweep.plan import MAIN_VARIANT
@@ -85,7 +85,7 @@ def _draw_runs(axes: Any, curve: Curve, line: str = "") -> None:
     for losses in curve.losses.T:
         axes.plot(curve.rho, losses, "o", color=BLUE, ms=3.5, alpha=0.45)
     spread = curve.losses.std(1, ddof=1) if curve.losses.shape[1] > 1 else None
-    label = f"mean of {curve.losses.shape[1]} seeds" + ("" if spread is None else " ± s.d.")
+    label = "one seed" if spread is None else f"mean of {curve.losses.shape[1]} seeds ± s.d."
     axes.errorbar(curve.rho, curve.means, spread, fmt=f"o{line}", color=BLUE, ms=6, capsize=3, label=label, zorder=3)
 
 
@@ -99,7 +99,7 @@ def _draw_tokens(axes: Any, measured: Sequence[Measured]) -> None:
     for i, m in enumerate(measured):
         relative = m.curve.means - m.curve.means[-1]
         colour = plt.get_cmap("viridis")(0.9 - 0.8 * i / max(1, len(measured) - 1))
-        axes.plot(m.curve.rho, relative, "o-", ms=3, lw=1.2, color=colour, label=f"{m.tokens / 1e6:.2g}M")
+        axes.plot(m.curve.rho, relative, "o-", ms=3, lw=1.2, color=colour, label=in_short(m.tokens))
         at = int(relative.argmin())
         axes.plot(m.curve.rho[at], relative[at], "o", ms=8, mfc="none", color=colour)
     axes.set_ylabel(f"loss − loss at ρ = {measured[-1].curve.rho[-1]:.2g}", fontsize=9)  # noqa: RUF001
@@ -113,7 +113,8 @@ def _draw_variants(axes: Any, rows: Sequence[Row], measured: Measured, variants:
     axes.plot(curve.rho, curve.means, "o-", ms=3, lw=1.2, color=BLUE, label=MAIN_VARIANT)
     _draw_rivals(axes, [r for r in rows if r.tokens == measured.tokens], measured.metric, variants)
     axes.set_ylabel("nats per token", fontsize=9)
-    axes.set_xlabel("ρ, rivals and controls", fontsize=9)  # noqa: RUF001
+    axes.set_xlabel("ρ", fontsize=9)  # noqa: RUF001
+    axes.set_title("rivals and controls", fontsize=10, loc="left", pad=44)
     axes.legend(frameon=False, fontsize=8, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))
     axes.grid(alpha=0.25)
 
@@ -136,18 +137,18 @@ def _draw_rivals(axes: Any, rows: Sequence[Row], metric: str, variants: Sequence
             )
 
 
-def draw_domains(rows: Sequence[Row]) -> Any:
-    """Bits per byte by domain over rho, each less its value at the highest rho."""
+def draw_domains(rows: Sequence[Row], names: Sequence[str]) -> Any:
+    """Bits per byte of each named domain over rho, each less its value at the highest rho."""
     last = max(r.tokens for r in rows if r.final)
     figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-    for name, colour in (("code", BLUE), ("prose", GREEN)):
+    for i, name in enumerate(names):
         curve = curve_of(rows, last, f"bits_per_byte_{name}")
         axes.plot(
             curve.rho,
             curve.means - curve.means[-1],
             "o-",
-            color=colour,
-            label=f"{name} ({curve.means[-1]:.3f} at ρ = {curve.rho[-1]:.2g})",  # noqa: RUF001
+            color=(BLUE, GREEN)[i] if len(names) == 2 else plt.get_cmap("tab10")(i % 10),
+            label=f"{as_typed(name)} ({curve.means[-1]:.3f} at ρ = {curve.rho[-1]:.2g})",  # noqa: RUF001
         )
     axes.set_xlabel(_AXIS)
     axes.set_ylabel("bits per byte − those at the highest ρ")  # noqa: RUF001
@@ -157,7 +158,8 @@ def draw_domains(rows: Sequence[Row]) -> Any:
 
 
 def draw_abilities(rows: Sequence[Row], scores: Sequence[Score], measured: Sequence[Measured]) -> Any:
-    """A panel for each loss and each probe's share of right answers, over rho; the rhos of least loss are marked.
+    """A panel for each loss and each probe's share of right answers, over rho; where between the ends each loss has its
+    least mean is marked.
 
     Other variants stand to the right of their rho, so that what is equal there does not cover each other.
     """
@@ -181,7 +183,7 @@ def draw_abilities(rows: Sequence[Row], scores: Sequence[Score], measured: Seque
         panel.axis("off")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False, fontsize=8, ncol=6)
     beside = "; rivals and controls have the ρ of the mean to their left" if variants else ""  # noqa: RUF001
-    figure.supxlabel(_AXIS + "; dotted: least loss" + beside, fontsize=9)
+    figure.supxlabel(_AXIS + "; dotted: least mean loss between the ends" + beside, fontsize=9)
     return figure
 
 
@@ -237,7 +239,8 @@ def _draw_equal_time(axes: Any, name: str, runs: Trajectories) -> None:
     axes.plot(rho[-1], 0, "o", color=GREY)
     axes.set_xlabel(_AXIS)
     axes.set_ylabel(f"loss on {name} − that at ρ = {rho[-1]:.2g}", fontsize=9)  # noqa: RUF001
-    axes.set_title("↓ lower is better; bars: 95 % for all ρ at once", fontsize=9, loc="left")  # noqa: RUF001
+    bars = "" if math.isnan(at_tokens.noise) else "; bars: 95 % for all ρ at once"  # noqa: RUF001
+    axes.set_title(f"↓ lower is better{bars}", fontsize=9, loc="left")
     axes.legend(frameon=False, fontsize=9)
     axes.grid(alpha=0.25)
 

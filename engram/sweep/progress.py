@@ -11,6 +11,7 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from engram.pages import in_short
 from engram.sweep.records import read_record
 
 _LINE_SECONDS = 30.0
@@ -149,7 +150,7 @@ class BarDisplay:
         for task, path in self._tasks.values():
             if p := read_record(path):
                 loss = "" if p["loss"] is None else f"{p['loss']:.3f} "
-                said = f"{p['tokens'] / 1e6:.1f}M {loss}{p['tokens_per_s'] / 1e3:.1f}k tok/s"
+                said = f"{in_short(p['tokens'])} {loss}{p['tokens_per_s'] / 1e3:.1f}k tok/s"
                 self._progress.update(task, completed=p["step"], total=p["steps"], said=said)
                 running += p["step"] / p["steps"]
         # Points that were done before take no time now, so they count for nothing in the time left.

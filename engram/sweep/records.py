@@ -47,6 +47,8 @@ def check_result(result: Any) -> None:
     for i, entry in enumerate(result["history"]):
         for name in ("tokens", "nats"):
             _require_number(f"history[{i}].{name}", _at(entry, name))
+    last = result["history"][-1]["tokens"]
+    require(last == result["tokens"], "history[-1].tokens", last, f"all tokens of the run ({result['tokens']})")
 
 
 def _require_number(name: str, value: object) -> None:

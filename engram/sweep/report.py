@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engram.config import ConfigError
-from engram.pages import page, picture, saved_picture, table
+from engram.pages import in_short, page, picture, saved_picture, table
 from engram.sweep.abilities import scores
 from engram.sweep.fit import CONFIDENCE, Interval, below
 from engram.sweep.plan import MAIN_VARIANT, SweepPlan, plan_table
 from engram.sweep.plot import draw, draw_abilities, draw_domains, draw_wall_clock, end_name
-from engram.sweep.results import Measured, Row, at_the_end, collect, measure, write_csv
+from engram.sweep.results import Measured, Row, at_the_end, collect, domain_names, measure, write_csv
 from engram.sweep.sections import abilities_section, wall_clock_section
 from engram.sweep.wall_clock import timed_measures
 from engram.training.atomic import atomic_file
@@ -24,15 +24,14 @@ _MEANS = {
     "new pairs": "nats_new",
     "repeated pairs": "nats_repeated",
     "bits a byte": "bits_per_byte",
-    "code": "bits_per_byte_code",
-    "prose": "bits_per_byte_prose",
 }
 
 
 def write_report(plan: SweepPlan) -> list[Path]:
     """Write the report of a plan's finished points to its folder; returns the files.
 
-    Raises `ConfigError` if too little is finished: three values of rho at one seed are needed.
+    Without three values of rho that one seed has all of, it has their losses and no curve. Raises `ConfigError` if no
+    point is finished.
     """
     rows = collect(plan)
     if not rows:
@@ -41,15 +40,56 @@ def write_report(plan: SweepPlan) -> list[Path]:
         raise ConfigError(
             f"no point of sweep {plan.name!r} is finished in {str(plan.folder)!r}{told}: run the sweep first"
         )
+    said = finished_points(plan, rows)
+    title = f"{plan.name}: {in_short(rows[0].total)} parameters, {in_short(rows[-1].tokens)} tokens"
+    paths = [plan.folder / "points.csv"]
+    write_csv(rows, paths[0])
+    measured: list[Measured] = []
+    found: list[str] = []
+    sections: list[str] = []
     try:
         measured = measure(rows)
     except ValueError as error:
-        raise ConfigError(f"sweep {plan.name!r} cannot be reported yet: {error}") from error
-    csv, curve, document = (plan.folder / name for name in ("points.csv", "curve.png", "report.html"))
-    paths = [csv, curve]
-    write_csv(rows, csv)
-    title = f"{plan.name}: {rows[0].total / 1e6:.2f}M parameters, {rows[-1].tokens / 1e6:.1f}M tokens"
-    main = saved_picture(draw(rows, measured, title), curve, "loss against rho")
+        said.append(f"no verdict: {error}")
+    else:
+        found, sections, pictures = _findings(plan, rows, measured, title)
+        paths += pictures
+    paths.append(plan.folder / "report.html")
+    with atomic_file(paths[-1]) as draft:
+        parts = [
+            *(f"<p class=verdict>{html.escape(line)}.</p>" for line in said),
+            *found,
+            *_losses(rows),
+            *sections,
+            *_making(plan, rows),
+        ]
+        draft.write_text(page(title, parts), encoding="utf-8")
+    print("\n".join(said))
+    for m in at_the_end(measured):
+        print(f"verdict on {m.name}: {m.fitted.verdict}: {m.fitted.reason}")
+    return paths
+
+
+def finished_points(plan: SweepPlan, rows: Sequence[Row]) -> list[str]:
+    """How many points are finished, and what the main curve leaves out for want of the others, in words."""
+    points, done = plan.points(), {row.point for row in rows}
+    own = [point for point in points if point.variant == MAIN_VARIANT]
+    absent = [point for point in own if point.name not in done]
+    lines = [f"{len(done)} of {len(points)} points are finished"]
+    unseen = [rho for rho in plan.rho if all(point in absent for point in own if point.rho == rho)]
+    lines += [f"rho {rho:g} is left out of the curve: it is finished at no seed" for rho in unseen]
+    for seed in plan.seeds:
+        if missing := [f"{p.rho:g}" for p in absent if p.seed == seed and p.rho not in unseen]:
+            lines.append(f"seed {seed} is left out of the curve: it is not finished at rho {', '.join(missing)}")
+    return lines
+
+
+def _findings(
+    plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], title: str
+) -> tuple[list[str], list[str], list[Path]]:
+    """What the curve says, as HTML before and after the table of losses, and the pictures written of it."""
+    paths = [plan.folder / "curve.png"]
+    main = saved_picture(draw(rows, measured, title), paths[0], "loss against rho")
     end = at_the_end(measured)
     abilities = clock = ""
     if probed := scores(rows):
@@ -60,25 +100,20 @@ def write_report(plan: SweepPlan) -> list[Path]:
         paths.append(plan.folder / "wall_clock.png")
         about = "loss against seconds, and over rho at equal seconds"
         clock = saved_picture(draw_wall_clock(timed), paths[-1], about)
-    sections = abilities_section(rows, probed, end, abilities) + wall_clock_section(plan, rows, timed, reason, clock)
-    with atomic_file(document) as draft:
-        draft.write_text(_page(plan, rows, measured, title, main, sections), encoding="utf-8")
-    for m in end:
-        print(f"verdict on {m.name}: {m.fitted.verdict}: {m.fitted.reason}")
-    return [*paths, document]
-
-
-def _page(
-    plan: SweepPlan, rows: Sequence[Row], measured: Sequence[Measured], title: str, shown: str, sections: Sequence[str]
-) -> str:
-    last = [r for r in rows if r.final]
-    done, wanted = len(last), len(plan.points())
-    finished = {r.point for r in last}
-    missing = [p.name for p in plan.points() if p.name not in finished]
-    end = at_the_end(measured)
     differences = [line for m in end for line in _versus(rows, m)]
     head = ["variant", "rho", "on", "seeds", "nats less those of engram", "95 % interval"]
     versus = ["<h2>Rivals and controls against engram at the same rho</h2>", table(head, differences)]
+    after = [
+        *(versus if differences else []),
+        *abilities_section(rows, probed, end, abilities),
+        *wall_clock_section(plan, rows, timed, reason, clock),
+    ]
+    return _curve(rows, measured, main), after, paths
+
+
+def _curve(rows: Sequence[Row], measured: Sequence[Measured], shown: str) -> list[str]:
+    """Verdict, picture, optimum and domains of the main curve, as HTML."""
+    end, names = at_the_end(measured), domain_names(rows)
     parts = [
         *(f"<p class=verdict>On {m.name}: <b>{m.fitted.verdict}</b>: {html.escape(m.fitted.reason)}.</p>" for m in end),
         shown,
@@ -103,15 +138,18 @@ def _page(
         ),
         "<p>Validations before the last are of the same runs on their way, at learning rates not yet decayed to the "
         "end: they show how a run's curve moves, not what a shorter run would have ended at.</p>",
-        "<h2>By domain</h2>",
-        picture(draw_domains(rows), "bits per byte by domain"),
-        "<h2>Losses after the last token</h2>",
-        table(
-            ["variant", "rho", "experts", "rows a head", "seeds", "nats", "s.d.", *_MEANS],
-            _losses(last),
-        ),
-        *(versus if differences else []),
-        *sections,
+    ]
+    if len(names) > 1:
+        parts += ["<h2>By domain</h2>", picture(draw_domains(rows, names), "bits per byte by domain")]
+    return parts
+
+
+def _making(plan: SweepPlan, rows: Sequence[Row]) -> list[str]:
+    """The budgets, and how the points were made, as HTML."""
+    last = [r for r in rows if r.final]
+    finished = {r.point for r in last}
+    missing = [p.name for p in plan.points() if p.name not in finished]
+    return [
         "<h2>Budgets</h2>",
         "<p>P_tot: all parameters but embedding and head. P_act: those a token uses. rho: the share of the others that "
         "experts hold.</p>",
@@ -120,16 +158,15 @@ def _page(
         table(
             ["", ""],
             [
-                ["points finished", f"{done} of {wanted}"],
+                ["points finished", f"{len(last)} of {len(plan.points())}"],
                 ["not finished", html.escape(", ".join(missing)) or "none"],
                 ["corpus hash", ", ".join(sorted({r.corpus_hash for r in rows}))],
                 ["hardware", html.escape(", ".join(sorted({r.device for r in rows})))],
                 ["torch", ", ".join(sorted({r.torch for r in rows}))],
-                ["tokens/s of one worker, median", f"{sorted(r.tokens_per_s for r in last)[done // 2]:,.0f}"],
+                ["tokens/s of one worker, median", f"{sorted(r.tokens_per_s for r in last)[len(last) // 2]:,.0f}"],
             ],
         ),
     ]
-    return page(title, parts)
 
 
 def _optimum(measured: Measured) -> list[str]:
@@ -181,11 +218,13 @@ def _versus(rows: Sequence[Row], measured: Measured) -> list[list[str]]:
     return lines
 
 
-def _losses(rows: Sequence[Row]) -> list[list[str]]:
+def _losses(rows: Sequence[Row]) -> list[str]:
+    """Losses after the last token, as HTML: those of domains only where there are several."""
+    last, names = [r for r in rows if r.final], domain_names(rows)
+    keys = _MEANS | ({name: f"bits_per_byte_{name}" for name in names} if len(names) > 1 else {})
     lines = []
-    for variant, rho in dict.fromkeys((r.variant, r.rho) for r in rows):
-        own = [r for r in rows if (r.variant, r.rho) == (variant, rho)]
-        mean = {key: sum(getattr(r, key) for r in own) / len(own) for key in ("nats", *_MEANS.values())}
+    for variant, rho in dict.fromkeys((r.variant, r.rho) for r in last):
+        own = [r for r in last if (r.variant, r.rho) == (variant, rho)]
         lines.append(
             [
                 html.escape(variant),
@@ -193,12 +232,13 @@ def _losses(rows: Sequence[Row]) -> list[list[str]]:
                 str(own[0].experts),
                 f"{own[0].rows_per_head:,}",
                 str(len(own)),
-                f"{mean['nats']:.4f}",
+                f"{statistics.fmean(r.nats for r in own):.4f}",
                 f"{statistics.stdev(r.nats for r in own):.4f}" if len(own) > 1 else "",
-                *(f"{mean[key]:.4f}" for key in _MEANS.values()),
+                *(f"{statistics.fmean(r.value(key) for r in own):.4f}" for key in keys.values()),
             ]
         )
-    return lines
+    head = ["variant", "rho", "experts", "rows a head", "seeds", "nats", "s.d.", *map(html.escape, keys)]
+    return ["<h2>Losses after the last token</h2>", table(head, lines)]
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from engram.sweep.plan import MAIN_VARIANT, SweepPlan
 from engram.training.atomic import atomic_file
 
 _EMPTY = float("nan")
-_PROBE = "probe_"
+_PROBE, _BITS = "probe_", "bits_per_byte_"
+_PAIRS = ("new", "repeated")  # what else a history has losses of, beside domains
 # What a curve is drawn of, and how a report calls it. Whether a run has learnt to copy from its context yet decides its
 # loss on repeated pairs, and comes by chance: the other tokens show what the split does to knowledge.
 MEASURES = {"nats": "all tokens", "nats_new": "tokens whose pair is new in its window"}
@@ -24,9 +25,10 @@ MEASURES = {"nats": "all tokens", "nats_new": "tokens whose pair is new in its w
 @dataclass(frozen=True)
 class Row:
     """One validation of one point. `rho` is what was asked, `rho_actual` what the whole experts allow; losses are nats
-    a token and bits a byte on held-out text, in total, by domain, and for pairs of tokens that are new to their
-    document's part of the window or repeated in it. `probes` holds what a run on a mixture scored, by the names of its
-    history: `probe_TASK`, the share of right answers, and `probe_nats_TASK`, nats an answer."""
+    a token and bits a byte on held-out text, in total, and for pairs of tokens that are new to their document's part of
+    the window or repeated in it. `domains` holds those of each domain of the text, by the names of the run's history:
+    `nats_DOMAIN` and `bits_per_byte_DOMAIN`. So `probes` holds what a run on a mixture scored: `probe_TASK`, the share
+    of right answers, and `probe_nats_TASK`, nats an answer."""
 
     variant: str
     rho: float
@@ -36,12 +38,8 @@ class Row:
     final: bool
     nats: float
     bits_per_byte: float
-    nats_code: float
-    nats_prose: float
     nats_new: float
     nats_repeated: float
-    bits_per_byte_code: float
-    bits_per_byte_prose: float
     experts: int
     rows_per_head: int
     shared_width: int
@@ -54,11 +52,22 @@ class Row:
     torch: str
     point: str
     threads: int = 0  # 0: not recorded
+    domains: dict[str, float] = field(default_factory=dict)
     probes: dict[str, float] = field(default_factory=dict)
 
     def value(self, metric: str) -> float:
         """A loss or a probe by its name; not a number if this validation has none."""
-        return float(self.probes.get(metric, _EMPTY) if metric.startswith(_PROBE) else getattr(self, metric))
+        if metric in _COLUMNS:
+            return float(getattr(self, metric))
+        return (self.probes if metric.startswith(_PROBE) else self.domains).get(metric, _EMPTY)
+
+
+_COLUMNS = tuple(f.name for f in fields(Row) if f.name not in ("domains", "probes"))
+
+
+def _is_of_domain(name: str) -> bool:
+    kind = name.removeprefix(_BITS).removeprefix("nats_")
+    return kind not in (name, *_PAIRS)
 
 
 def collect(plan: SweepPlan) -> list[Row]:
@@ -72,8 +81,7 @@ def collect(plan: SweepPlan) -> list[Row]:
 
 def _rows_of(variant: str, rho: float, seed: int, name: str, result: dict[str, Any]) -> list[Row]:
     experts, memory, budget = result["model"]["experts"], result["model"]["memory"], result["budget"]
-    measured = ["nats", "bits_per_byte", *(f"nats_{kind}" for kind in ("code", "prose", "new", "repeated"))]
-    measured += ["bits_per_byte_code", "bits_per_byte_prose"]
+    measured = ["nats", "bits_per_byte", *(f"nats_{kind}" for kind in _PAIRS)]
     return [
         Row(
             variant=variant,
@@ -95,6 +103,7 @@ def _rows_of(variant: str, rho: float, seed: int, name: str, result: dict[str, A
             torch=result["versions"]["torch"],
             point=name,
             threads=result.get("threads", 0),
+            domains={key: value for key, value in entry.items() if _is_of_domain(key)},
             probes={key: value for key, value in entry.items() if key.startswith(_PROBE)},
         )
         for entry in result["history"]
@@ -102,14 +111,14 @@ def _rows_of(variant: str, rho: float, seed: int, name: str, result: dict[str, A
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write rows, atomically; each probe has a column."""
+    """Write rows, atomically; each domain's loss and each probe has a column."""
+    domains = sorted({name for row in rows for name in row.domains})
     probes = sorted({name for row in rows for name in row.probes})
     with atomic_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Row) if f.name != "probes"), *probes])
+        writer = csv.DictWriter(file, [*_COLUMNS, *domains, *probes])
         writer.writeheader()
         for row in rows:
-            values = asdict(row)
-            writer.writerow(values | values.pop("probes"))
+            writer.writerow({name: getattr(row, name) for name in _COLUMNS} | row.domains | row.probes)
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -119,7 +128,8 @@ def read_csv(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         return [
             Row(
-                **{name: parse[types[name]](text) for name, text in line.items() if name in types},
+                **{name: parse[types[name]](text) for name, text in line.items() if name in _COLUMNS},
+                domains={name: float(text) for name, text in line.items() if _is_of_domain(name) and text},
                 probes={name: float(text) for name, text in line.items() if name.startswith(_PROBE) and text},
             )
             for line in csv.DictReader(file)
@@ -132,6 +142,13 @@ def probe_tasks(rows: Iterable[Row]) -> list[str]:
     shared = set.intersection(*names) if names else set()
     nats = {name.replace(_PROBE, f"{_PROBE}nats_", 1) for name in shared}
     return sorted(name.removeprefix(_PROBE) for name in shared - nats)
+
+
+def domain_names(rows: Iterable[Row]) -> list[str]:
+    """Names of the domains that every last validation of the main curve has a loss of."""
+    last = [row for row in rows if row.final and row.variant == MAIN_VARIANT]
+    names = {name for row in last for name in row.domains if name.startswith(_BITS)}
+    return sorted(n.removeprefix(_BITS) for n in names if not any(math.isnan(row.value(n)) for row in last))
 
 
 def curve_of(rows: Iterable[Row], tokens: int, metric: str = "nats", variant: str = MAIN_VARIANT) -> Curve:
@@ -163,6 +180,8 @@ def measure(rows: Sequence[Row]) -> list[Measured]:
     """
     main = [row for row in rows if row.variant == MAIN_VARIANT]
     taken = [(m, t) for m in MEASURES for t in sorted({r.tokens for r in main if not math.isnan(r.value(m))})]
+    if not taken:
+        raise ValueError("no point of the main curve is finished")
     curves = [(metric, tokens, curve_of(rows, tokens, metric)) for metric, tokens in taken]
     return [Measured(metric, tokens, curve, fit(curve)) for metric, tokens, curve in curves]
 

@@ -8,8 +8,8 @@ from typing import Any
 from engram.sweep.plan import MAIN_VARIANT, Point, SweepPlan
 from engram.sweep.results import Row
 
-LOSSES = ["nats", "bits_per_byte", "nats_code", "nats_prose", "nats_new", "nats_repeated"]
-LOSSES += ["bits_per_byte_code", "bits_per_byte_prose"]
+DOMAINS = ["nats_code", "nats_prose", "bits_per_byte_code", "bits_per_byte_prose"]
+LOSSES = ["nats", "bits_per_byte", "nats_new", "nats_repeated", *DOMAINS]
 
 
 def run_of(rho: float, seed: int, losses: dict[int, float], speed: float, **changes: Any) -> list[Row]:
@@ -32,10 +32,11 @@ def run_of(rho: float, seed: int, losses: dict[int, float], speed: float, **chan
         "point": f"rho{rho}-seed{seed}",
         "threads": 1,
     }
-    return [
-        Row(**{**about, **dict.fromkeys(LOSSES, nats), "tokens": tokens, "final": tokens == max(losses), **changes})
-        for tokens, nats in losses.items()
-    ]
+    rows = []
+    for tokens, nats in losses.items():
+        own = {**dict.fromkeys(set(LOSSES) - set(DOMAINS), nats), "domains": dict.fromkeys(DOMAINS, nats)}
+        rows.append(Row(**{**about, **own, "tokens": tokens, "final": tokens == max(losses), **changes}))
+    return rows
 
 
 def result_of(point: Point, values: Callable[[int], dict[str, float]], **changes: Any) -> dict[str, Any]:
