@@ -11,6 +11,7 @@ import dataclasses
 import platform
 import shutil
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,11 @@ class RunRecorder(lightning.Callback):
                 "tokenizer": pl_module.tokenizer_identity,
                 "device": device_name(pl_module.device),
                 "threads": torch.get_num_threads(),
-                "versions": {"torch": torch.__version__, "python": platform.python_version()},
+                "versions": {
+                    "engram": package_version(),
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
             },
         )
         print(f"result: {path}")
@@ -179,6 +184,14 @@ class RunRecorder(lightning.Callback):
         """Go on from a checkpoint."""
         self.history = state_dict["history"]
         self._seconds, self._timed_batches = state_dict["seconds"], state_dict["timed_batches"]
+
+
+def package_version() -> str:
+    """That of the installed package; "unknown" where its code is run without being installed."""
+    try:
+        return metadata.version("engram-moe")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def device_name(device: torch.device) -> str:

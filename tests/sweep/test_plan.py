@@ -1,5 +1,7 @@
 """A plan says what will be trained, and what cannot be is refused before anything trains."""
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from engram.budget import ParameterBudget
 from engram.cli import main
 from engram.config import ConfigError, ModelConfig
 from engram.sweep.plan import SweepPlan, plan_table
+from engram.training.data import DataConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODEL = PLAN["model"]
@@ -97,6 +100,19 @@ def test_shipped_plans_load_and_split(path: Path, monkeypatch: pytest.MonkeyPatc
     if plan.name != "smoke":
         assert len(plan.rho) >= 5
         assert len(plan.seeds) >= 2
+
+
+@pytest.mark.parametrize("config", [SweepPlan, DataConfig])
+def test_the_documentation_lists_every_key_with_its_default(config: type) -> None:
+    text = (CONFIGS.parent / "docs/data.md").read_text(encoding="utf-8").partition("Keys of `data`:")
+    rows = re.findall(r"^\| `(\w+)` \|(?: `(.*?)`)? \|", text[0 if config is SweepPlan else 2], re.MULTILINE)
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    assert [name for name, _ in rows] == list(fields)
+    for name, default in rows:
+        if default in ("[]", "{}"):
+            assert fields[name].default_factory is not dataclasses.MISSING or fields[name].default == ()
+        else:
+            assert (yaml.safe_load(default) if default else dataclasses.MISSING) == fields[name].default
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,7 @@ def test_a_finished_run_leaves_its_result_progress_and_settings(train: Train, da
     assert (result["seed"], result["optim"]["lr"], result["data"]["config"]["seed"]) == (3, 0.003, 0)
     assert result["tokens_per_s"] > 0
     assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["engram"] == metadata.version("engram-moe")
     progress = json.loads((run.folder / "progress.json").read_text())
     assert {key: progress[key] for key in ("step", "steps", "tokens")} == {"step": 8, "steps": 8, "tokens": 512}
     assert progress["loss"] == run.column("train/loss")[7]
