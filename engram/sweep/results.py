@@ -103,8 +103,8 @@ def _rows_of(variant: str, rho: float, seed: int, name: str, result: dict[str, A
             torch=result["versions"]["torch"],
             point=name,
             threads=result.get("threads", 0),
-            domains={key: value for key, value in entry.items() if _is_of_domain(key)},
-            probes={key: value for key, value in entry.items() if key.startswith(_PROBE)},
+            domains={key: entry[key] for key in sorted(entry) if _is_of_domain(key)},
+            probes={key: entry[key] for key in sorted(entry) if key.startswith(_PROBE)},
         )
         for entry in result["history"]
     ]
