@@ -114,8 +114,8 @@ def _draw_variants(axes: Any, rows: Sequence[Row], measured: Measured, variants:
     _draw_rivals(axes, [r for r in rows if r.tokens == measured.tokens], measured.metric, variants)
     axes.set_ylabel("nats per token", fontsize=9)
     axes.set_xlabel("ρ", fontsize=9)  # noqa: RUF001
-    axes.set_title("rivals and controls", fontsize=10, loc="left", pad=44)
-    axes.legend(frameon=False, fontsize=8, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "alignment": "left"}
+    axes.legend(frameon=False, fontsize=8, ncol=2, title="rivals and controls", title_fontsize=10, **place)
     axes.grid(alpha=0.25)
 
 
