@@ -6,7 +6,6 @@ own, which brings the same rows from elsewhere (engram/memory/offloaded.py).
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from engram.parallel.consolidate import INDEX, WEIGHTS
 from engram.tensor_files import read_header, read_index
 from engram.training.checksums import CHECKSUMS, checked_header, damages, read_checksums
 from engram.training.identity import ORIGIN, require_rows_origin
-from engram.training.weights import TRAINED_WITH
+from engram.training.weights import kept_origin
 
 Place = Literal["host", "disk"]
 Table = TypeVar("Table", bound=MemoryTable)
@@ -75,7 +74,7 @@ def offload_from(
     file does not tell what they were trained with, are served with a warning.
     """
     folder = Path(folder)
-    saved, kept = read_checksums(folder), _kept_origin(folder)
+    saved, kept = read_checksums(folder), kept_origin(folder)
     require(
         saved is not None or not verify, "verify", verify, f"False for a folder without {CHECKSUMS}: {str(folder)!r}"
     )
@@ -154,15 +153,6 @@ def _size(table: MemoryTable) -> tuple[int, int, torch.dtype]:
         return table.n_rows, table.width, table.dtype
     n_rows, width = table.weight.shape
     return n_rows, width, table.weight.dtype
-
-
-def _kept_origin(folder: Path) -> str | None:
-    """What transformers keeps of a model's origin: it writes metadata of its own into files of weights."""
-    config = folder / "config.json"
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get(TRAINED_WITH) if config.exists() else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{str(config)!r} cannot be read: {error}") from error
 
 
 def _replace(model: nn.Module, make: Callable[[str, MemoryTable], Table]) -> dict[str, Table]:

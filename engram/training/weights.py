@@ -274,8 +274,18 @@ def _require_origin(
 def _origins(folder: Path, headers: dict[Path, Header]) -> set[str]:
     """What the weights were trained with, as their files tell, or as transformers keeps it, the config's file."""
     found = {header.metadata[ORIGIN] for header in headers.values() if ORIGIN in header.metadata}
-    kept = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get(TRAINED_WITH)
+    kept = kept_origin(folder)
     return found or ({kept} if kept else set())
+
+
+def kept_origin(folder: Path) -> str | None:
+    """What transformers keeps of a model's origin, since it writes metadata of its own into files of weights; None if
+    it kept none. Raises `ConfigError` naming the config's file if it can't be read."""
+    config = folder / _CONFIG
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get(TRAINED_WITH) if config.exists() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{str(config)!r} cannot be read: {error}") from error
 
 
 def _require_undamaged(headers: dict[Path, Header], saved: dict[str, Any], largest_table: int | None) -> None:

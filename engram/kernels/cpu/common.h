@@ -71,6 +71,11 @@ inline void check_axes(const char* name, const at::Tensor& x, int64_t axes) {
   TORCH_CHECK_VALUE(x.dim() == axes, "shape of ", name, " is ", x.sizes(), ": allowed is one of ", axes, " axes");
 }
 
+inline void check_rows(const int64_t* row, int64_t n, int64_t R) {
+  for (int64_t i = 0; i < n; ++i)
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < R, "row ", row[i], " of a table of ", R, " rows");
+}
+
 // All axes but the last n, and how many rows they number.
 inline at::IntArrayRef leading(const at::Tensor& x, int64_t n = 1) { return x.sizes().slice(0, x.dim() - n); }
 inline int64_t rows_of(const at::Tensor& x) { return c10::multiply_integers(leading(x)); }

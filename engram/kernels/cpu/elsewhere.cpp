@@ -46,8 +46,7 @@ at::Tensor gather_mapped(const at::Tensor& mapped, const at::Tensor& rows_) {
   const char* from = static_cast<const char*>(mapped.const_data_ptr());
   char* to = static_cast<char*>(values.mutable_data_ptr());
   const int64_t* row = rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < n; ++i)
-    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < R, "row ", row[i], " of a table of ", R, " rows");
+  check_rows(row, n, R);
   bool announced = true;
   int64_t length = kUnseen, more = kFirst;
   for (int64_t begin = 0; begin < n;) {

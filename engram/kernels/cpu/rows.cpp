@@ -20,8 +20,7 @@ at::Tensor gather_rows(const at::Tensor& table_, const at::Tensor& rows_) {
   const char* from = static_cast<const char*>(table.const_data_ptr());
   char* to = static_cast<char*>(values.mutable_data_ptr());
   const int64_t* row = rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < n; ++i)
-    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < R, "row ", row[i], " of a table of ", R, " rows");
+  check_rows(row, n, R);
   parallel_for(0, n, grain(table.size(1)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end)
@@ -173,8 +172,7 @@ void row_adam(at::Tensor table, at::Tensor row_state, const at::Tensor& rows, co
                     " and ", row_state.strides(), ": allowed are those of contiguous ones");
   const auto rows_c = rows.contiguous(), grads_c = grads.contiguous();
   const int64_t* row = rows_c.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < u; ++i)
-    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < R, "row ", row[i], " of a table of ", R, " rows");
+  check_rows(row, u, R);
   const Adam a{step, lr, beta1, beta2, eps, scramble(static_cast<uint32_t>(seed) ^ scramble(static_cast<uint32_t>(step)))};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, table.scalar_type(), "row_adam", [&] {
     using wide = wide_t<scalar_t>;
