@@ -33,8 +33,10 @@ class ReplayedStep:
             try:
                 self.logits = model.logits(model.step(self.ids, state).hidden[:, -1])
                 # The next replay begins where this one ends.
-                for before, after in zip(self.moving, _moving(state), strict=True):
-                    before.copy_(after)
+                moved = _moving(state)
+                for kind in {x.dtype for x in moved}:  # of one type, many are copied by one launch
+                    at = [i for i, x in enumerate(moved) if x.dtype == kind]
+                    torch._foreach_copy_([self.moving[i] for i in at], [moved[i] for i in at])
             finally:
                 self.graph.capture_end()
         current.wait_stream(stream)

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engram.kernels.triton.device import prefetch, sigmoid
 from engram.kernels.triton.fusion_taps import SIZES, document_of, links_of
-from engram.kernels.triton.launch import WARP, Strip, at_most, ceil_div, prefetch, sigmoid
+from engram.kernels.triton.launch import WARP, Strip, at_most, ceil_div
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -1,8 +1,8 @@
 """The backward of `fuse_memory` without a convolution (reference: engram/kernels/fusion.py).
 
 A token's gradients need sums over D of its own rows. So a program takes one token after another: it reads gy and v for
-the sums, and h and k so that they are there when the sums are; then it looks at gy again, in the cache. Sums for the
-norms' gradients stay in registers over a run of tokens.
+the sums, and h and k so that they are there when the sums are; then it looks at gy again, in the cache. While it waits,
+the next token's gy and v come nearer. Sums for the norms' gradients stay in registers over a run of tokens.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engram.kernels.triton.device import prefetch_bulk, sum_each
 from engram.kernels.triton.fusion_taps import SIZES, document_of
-from engram.kernels.triton.launch import Row, at_most
+from engram.kernels.triton.launch import WARP, Row, at_most, in_bulk
 
 
 @triton.jit
@@ -76,12 +77,21 @@ def load_rows(at, D: tl.constexpr, M: tl.constexpr, d_in, POLICY: tl.constexpr):
     return rows
 
 
+@triton.jit
+def load_each(at, STEP: tl.constexpr, M: tl.constexpr):
+    """A number for each branch."""
+    numbers = ()
+    for m in tl.static_range(M):
+        numbers = numbers + (tl.load(at + m * STEP),)
+    return numbers
+
+
 @triton.jit(do_not_specialize=[*SIZES, "run"])
 def _token_kernel(
     grad_out, grad_alpha, hidden, kv, query_norm, key_norm, documents, alpha, stats, grad_hidden, grad_kv,
     gate_sums, N, T, past, run, root,
     M: tl.constexpr, D: tl.constexpr, SQUASH: tl.constexpr, RESIDUAL: tl.constexpr,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr, BULK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of h, k and v, and the sums for the norms' gradients, of a run of tokens, one after another."""
     sums = ()
@@ -92,6 +102,13 @@ def _token_kernel(
     while n < end:  # the interpreter takes no such numbers for a range
         row = tl.cast(n, tl.int64) * M
         k_row = tl.cast(n, tl.int64) * (M + 1)
+        shown = document_of(documents, n, True, T, past) >= 0  # small things first: they take as long to come
+        gates = load_each(alpha + row, 1, M)
+        dots = load_each(stats + 4 * row, 4, M)
+        inv_h = load_each(stats + 4 * row + 1, 4, M)
+        inv_k = load_each(stats + 4 * row + 2, 4, M)
+        if grad_alpha is not None:
+            given = load_each(grad_alpha + row, 1, M)
         gate_v = ()
         for _ in tl.static_range(M):
             gate_v = gate_v + (tl.zeros([WIDTH], tl.float32),)
@@ -109,19 +126,20 @@ def _token_kernel(
             for m in tl.static_range(M):
                 more = more + (gate_v[m] + gys[m].to(tl.float32) * v,)
             gate_v = more
-        shown = document_of(documents, n, True, T, past) >= 0
+        if BULK:
+            prefetch_bulk(grad_out + (row + M) * D, M * D, n + 1 < end, THREADS)
+            prefetch_bulk(kv + (k_row + 2 * M + 1) * D, D, n + 1 < end, THREADS)
+        grad_gates = sum_each(gate_v, M)
         used = ()
         cross = ()
         along_h = ()
         along_k = ()
         for m in tl.static_range(M):
-            a = tl.load(alpha + row + m)
-            stat = stats + (row + m) * 4
-            grad_a = tl.where(shown, tl.sum(gate_v[m], 0), 0.0)
+            grad_a = tl.where(shown, grad_gates[m], 0.0)
             if grad_alpha is not None:
-                grad_a += tl.load(grad_alpha + row + m)
-            slopes = gate_slopes(grad_a, a, tl.load(stat), tl.load(stat + 1), tl.load(stat + 2), root, D, SQUASH)
-            used = used + (tl.where(shown, a, 0.0),)
+                grad_a += given[m]
+            slopes = gate_slopes(grad_a, gates[m], dots[m], inv_h[m], inv_k[m], root, D, SQUASH)
+            used = used + (tl.where(shown, gates[m], 0.0),)
             cross = cross + (slopes[0],)
             along_h = along_h + (slopes[1],)
             along_k = along_k + (slopes[2],)
@@ -177,7 +195,7 @@ def token_gradients(
     _token_kernel[(row.programs,)](
         grad_out, grad_alpha, hidden, kv, query_norm, key_norm, documents, alpha, stats, grad_hidden, grad_kv,
         gate_sums, N, T, past, row.run, 1 / math.sqrt(D),
-        M=M, D=D, SQUASH=squash, RESIDUAL=residual, WIDTH=row.width, PARTS=row.parts, EARLY=early, num_warps=8,
-        **at_most(255),
+        M=M, D=D, SQUASH=squash, RESIDUAL=residual, WIDTH=row.width, PARTS=row.parts, EARLY=early,
+        BULK=in_bulk(grad_out, kv.view(B, T, M + 1, D)), THREADS=8 * WARP, num_warps=8, **at_most(255),
     )  # fmt: skip
     return grad_hidden, gate_sums

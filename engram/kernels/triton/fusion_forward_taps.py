@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engram.kernels.triton.device import sigmoid
 from engram.kernels.triton.fusion_forward_tokens import store_gates, store_numbers
 from engram.kernels.triton.fusion_taps import SHOWN, SIZES, document_of, links_of
-from engram.kernels.triton.launch import Gates, Turns, at_most, ceil_div, sigmoid
+from engram.kernels.triton.launch import Gates, Turns, at_most, ceil_div
 
 
 @triton.jit

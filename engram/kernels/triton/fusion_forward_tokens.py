@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engram.kernels.triton.device import sigmoid
 from engram.kernels.triton.fusion_taps import SIZES, document_of
-from engram.kernels.triton.launch import Gates, at_most, sigmoid
+from engram.kernels.triton.launch import Gates, at_most
 
 _REGISTERS = 128  # of a thread, so that 16 warps run on a processor
 

@@ -8,44 +8,15 @@ float32 are laid out alike, and nothing is moved between threads where they meet
 from __future__ import annotations
 
 import functools
-import os
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 WARP = 32  # threads
 WARPS = 32 if torch.version.hip is None else 16  # of a program at most: 1024 threads, of which HIP puts 64 in a warp
 WIDTH = 4 * WARP  # channels
-_PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
-
-
-@triton.jit
-def sigmoid(x):
-    """In 4 instructions on NVIDIA's devices, within a few units in the last place of float32; Triton's own takes 12."""
-    if _PTX:
-        return tl.inline_asm_elementwise(
-            "{ mul.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0; add.f32 $0, $0, 0f3F800000; "
-            "rcp.approx.ftz.f32 $0, $0; }",
-            "=&f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:  # noqa: RET505 -- Triton compiles what follows a return
-        return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def prefetch(at, ROWS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
-    """Into the L2 cache, where there is an instruction for it: WIDTH numbers at `at`, and STRIDE numbers on, ..."""
-    if _PTX:
-        each: tl.constexpr = 256 // at.dtype.element_ty.primitive_bitwidth  # a sector of 32 bytes
-        i = tl.arange(0, triton.next_power_of_2(ROWS * WIDTH // each))
-        where = at + (i * each // WIDTH % ROWS) * STRIDE + i * each % WIDTH
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where.to(tl.int64, bitcast=True)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 class Gates(NamedTuple):
@@ -117,12 +88,14 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Blocks of whole rows, narrow ones several to a block, one of which a program holds in registers."""
+    """Blocks of whole rows, narrow ones several to a block, one of which a program holds in registers: of `width`
+    channels, and a second of `rest`, if that is not 0."""
 
     rows: int
     width: int
     warps: int
     blocks: int
+    rest: int = 0
 
     @classmethod
     def of(cls, R: int, D: int, each: int, warps: int) -> Rows:
@@ -131,6 +104,17 @@ class Rows(NamedTuple):
         warps = min(max(width // (WARP * each), warps), WARPS)
         rows = max(warps * WARP * each // width, 1)
         return cls(rows, width, warps, ceil_div(R, rows))
+
+    @classmethod
+    def in_two(cls, R: int, D: int, each: int) -> Rows | None:
+        """For `each` numbers a thread in the first block, if the second is at most a quarter of it: else None."""
+        width = _padded(D + 1) // 2  # the largest power of two up to D
+        rest = _padded(D - width)
+        if D < 64 or width == D or rest > width // 4:
+            return None
+        warps = min(max(width // (WARP * each), 4), WARPS)
+        rows = max(warps * WARP * each // width, 1)
+        return cls(rows, width, warps, ceil_div(R, rows), rest)
 
     @property
     def registers(self) -> int:
@@ -179,11 +163,18 @@ def at_most(registers: int) -> dict[str, int]:
     return {"maxnreg": registers} if torch.version.hip is None else {}
 
 
+def in_bulk(*rows: Tensor) -> bool:
+    """Whether `prefetch_bulk` takes rows of these tensors `[..., D]`: 16 bytes are its grain."""
+    fits = all(x.data_ptr() % 16 == 0 and x.shape[-1] * x.itemsize % 16 == 0 for x in rows)
+    return fits and machine(rows[0].device).bulk
+
+
 class Machine(NamedTuple):
-    """Processors of a device, and bytes of its L2 cache."""
+    """Processors of a device, bytes of its L2 cache, and whether one instruction asks for any piece of memory."""
 
     processors: int
     cache: int
+    bulk: bool = False
 
 
 @functools.cache
@@ -192,4 +183,4 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":  # the interpreter's, which runs programs one after another
         return Machine(1, 50 * 2**20)
     found = torch.cuda.get_device_properties(device)
-    return Machine(found.multi_processor_count, found.L2_cache_size)
+    return Machine(found.multi_processor_count, found.L2_cache_size, torch.version.hip is None and found.major >= 9)

@@ -96,8 +96,8 @@ def _warps(V: int, each: int, element_size: int, device: torch.device) -> int:
     threads = triton.next_power_of_2(V) // (each * _DEEP)
     if threads <= 512:
         return max(threads // 32, 1)
-    processors, cache = machine(device)
+    here = machine(device)
     warps = 8
-    while warps < WARPS and 32 // warps * processors * V * element_size > _CACHED * cache:
+    while warps < WARPS and 32 // warps * here.processors * V * element_size > _CACHED * here.cache:
         warps *= 2
     return warps

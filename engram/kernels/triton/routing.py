@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engram.kernels.routing import route_backward_reference, route_reference
-from engram.kernels.triton.launch import ceil_div, sigmoid
+from engram.kernels.triton.device import sigmoid
+from engram.kernels.triton.launch import ceil_div
 
 _BLOCK, _MOST_EXPERTS = 2048, 4096
 _TINY, _FLOOR = tl.constexpr(torch.finfo(torch.float32).tiny), tl.constexpr(1e-20)  # as in the reference

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engram.kernels.swiglu import swiglu_backward_reference, swiglu_reference
-from engram.kernels.triton.launch import ceil_div, sigmoid
+from engram.kernels.triton.device import sigmoid
+from engram.kernels.triton.launch import ceil_div
 
 _BLOCK = 2048
 

@@ -21,6 +21,7 @@ from engram.kernels.triton import (  # noqa: E402
     fusion_backward,
     fusion_forward,
     hashing,
+    launch,
     layout,
     loss,
     norm,
@@ -76,12 +77,24 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         (4, 2560, 4, True, 0, torch.bfloat16, torch.bfloat16),
         (3, 300, 3, True, 9, torch.float32, torch.bfloat16),
         (1, 24, 0, False, 0, torch.float32, torch.float32),
+        (3, 30, 0, True, 0, torch.bfloat16, torch.float32),
         (2, 64, 1, False, 0, torch.float32, torch.float32),
     ],
 )
+@pytest.mark.parametrize("bulk", [True, False])
 def test_fusion(
-    M: int, D: int, taps: int, packed: bool, past: int, hidden: torch.dtype, kv: torch.dtype, compiled: list[Any]
+    M: int,
+    D: int,
+    taps: int,
+    packed: bool,
+    past: int,
+    hidden: torch.dtype,
+    kv: torch.dtype,
+    bulk: bool,
+    compiled: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(launch, "machine", lambda device: launch.Machine(132, 50 * 2**20, bulk))
     B, T = 2, 5
     inputs: list[Any] = [
         torch.randn(B, T, M, D, dtype=hidden),
@@ -99,6 +112,8 @@ def test_fusion(
     fusion_backward.fuse_memory_backward_triton(out, alpha, *inputs, alpha, stats, *settings)
     assert len(compiled) == (7 if taps else 3)
     assert all(kernel.asm["cubin"] for kernel in compiled)
+    if not taps:  # rows of whole pieces of 16 bytes are asked for as a whole
+        assert any("cp.async.bulk.prefetch" in kernel.asm["ptx"] for kernel in compiled) == (bulk and D == 24)
 
 
 def test_hashing(compiled: list[Any]) -> None:
