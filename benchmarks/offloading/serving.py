@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -57,9 +57,10 @@ class Spent:
 
 @dataclass
 class Result:
-    """Of one side: tokens a second of each phase in each round, and what its table did in all of them."""
+    """Of one side: tokens a second in each round, by phase, seconds of each batch, and what its table did in all."""
 
     rates: dict[str, list[float]]
+    seconds: list[float]
     lookups: int = 0
     hit_rate: float = 0.0
     bytes_per_token: float = 0.0
@@ -149,30 +150,41 @@ def compare(
     warm_up(model, sides, warming, device, replays)
     freeze_objects()
     _, with_memory, *_ = sides.values()
-    order, shuffle, all_spent = list(sides), random.Random(0).shuffle, []
+    turns, all_spent = in_turn(list(sides)), []
+    seconds: dict[str, list[float]] = {name: [] for name in sides}  # of each batch
     for drawn in rounds:
         spent = {name: Spent() for name in sides}
-        all_spent.append(spent)
+        all_spent.append(spent)  # of each round
         for batch in drawn:
             here = batch.to(device)
             if device.type == "cuda":  # a shape that is met for the first time has kernels chosen for it
-                served(model, with_memory, here.started(), device, False)
-            for name in order:
+                served(model, with_memory, here, device, replays)
+            for name in next(turns):
                 once = served(model, sides[name], here, device, replays)
                 spent[name] += once
+                seconds[name].append(once.prefill + once.decode)
                 rates = ", ".join(f"{phase} {rate:.0f}" for phase, rate in once.rates().items())
                 print(f"  {name}: {rates} tokens/s", flush=True)
-            shuffle(order)  # what came before may tell: a device slows down as it gets warm
             results = {
-                name: result_of(side.table, [spent[name] for spent in all_spent]) for name, side in sides.items()
+                name: result_of(side.table, [spent[name] for spent in all_spent], seconds[name])
+                for name, side in sides.items()
             }
             save({name: result.stored() for name, result in results.items()})
         show(title, results)
 
 
-def result_of(table: MemoryTable | None, rounds: list[Spent]) -> Result:
+def in_turn(names: list[str]) -> Iterator[list[str]]:
+    """Orders, there and back, in which all are as often first, second, ...: what came before may tell, as a device that
+    is warm is slower."""
+    for i in itertools.count():
+        at = i % len(names)
+        order = names[at:] + names[:at]
+        yield from (order, order[::-1])
+
+
+def result_of(table: MemoryTable | None, rounds: list[Spent], seconds: list[float]) -> Result:
     """What a side's rounds so far come to."""
-    result = Result({phase: [spent.rates()[phase] for spent in rounds] for phase in rounds[0].rates()})
+    result = Result({phase: [spent.rates()[phase] for spent in rounds] for phase in rounds[0].rates()}, seconds)
     if isinstance(table, OffloadedTable):
         stats, whole = table.stats(), sum(rounds, Spent())
         result.lookups, result.hit_rate = stats.lookups, stats.hit_rate
@@ -182,10 +194,12 @@ def result_of(table: MemoryTable | None, rounds: list[Spent]) -> Result:
 
 
 def show(title: str, results: dict[str, Result]) -> None:
-    """Medians over the rounds, of the rates and of their ratios to the first side's in the same round."""
+    """Medians over the rounds, of the rates and of their ratios to the first side's in the same round; and how much
+    longer a batch took than with the first side, the mean over batches and its standard error."""
     base, *_ = (result.rates for result in results.values())
+    first, *_ = (result.seconds for result in results.values())
     print(f"\n{title}: tokens/s, against no memory\n{'':30}" + "".join(f" {phase:>16}" for phase in base)
-          + "   hits bytes/token waited")  # fmt: skip
+          + "   hits bytes/token waited  seconds of a batch")  # fmt: skip
     for name, result in results.items():
         cells = []
         for phase, others in base.items():
@@ -193,4 +207,11 @@ def show(title: str, results: dict[str, Result]) -> None:
             against = statistics.median(rate / other for rate, other in zip(rates, others, strict=True))
             cells.append(f"{statistics.median(rates):8.0f} {against - 1:+7.2%}")
         print(f"{name:30} {' '.join(cells)}  {result.hit_rate:5.1%} {result.bytes_per_token:11.0f} "
-              f"{result.wait_share:6.1%}", flush=True)  # fmt: skip
+              f"{result.wait_share:6.1%}  {mean_of([a / b - 1 for a, b in zip(result.seconds, first, strict=True)])}",
+              flush=True)  # fmt: skip
+
+
+def mean_of(shares: list[float]) -> str:
+    """The mean and its standard error, if there are two or more."""
+    spread = f" +- {statistics.stdev(shares) / len(shares) ** 0.5:.2%}" if len(shares) > 1 else ""
+    return f"{statistics.mean(shares):+.2%}{spread}"

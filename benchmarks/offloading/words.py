@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,10 +26,6 @@ class Batch:
         """On a device."""
         mask = None if self.mask is None else self.mask.to(device)
         return Batch(self.ids.to(device), mask, self.following.to(device), self.n_prompt)
-
-    def started(self) -> Batch:
-        """The same prompts, followed by one token each."""
-        return replace(self, following=self.following[:, :1])
 
 
 class Words:
