@@ -5,6 +5,7 @@ are two kinds of work: the gates of a token, and the results of a block of chann
 h and v in the L2 cache, where the gates have left them. Programs draw tickets, numbered in the order in which work is
 to begin: chunk by chunk, the results of a chunk some chunks after its gates. Before results, a program waits until as
 many gates have been stored as its chunk has, which can't be forever: their tickets were drawn before its own.
+A token's rows are asked for when the gates of one some hundred tokens before it are made.
 
 Atomics order the work and enter no number: the same inputs give the same bits.
 """
@@ -20,10 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engram.kernels.triton.device import sigmoid
+from engram.kernels.triton.device import prefetch_bulk, sigmoid
 from engram.kernels.triton.fusion_forward_tokens import store_gates, store_numbers
 from engram.kernels.triton.fusion_taps import SHOWN, SIZES, document_of, links_of
-from engram.kernels.triton.launch import Gates, Turns, at_most, ceil_div
+from engram.kernels.triton.launch import Gates, Turns, at_most, ceil_div, in_bulk
+from engram.tensors import widen
+
+_EARLY = 6 * 2**20  # bytes of tokens on their way to the L2 cache, where those of `Turns` lie too
+_MANY = 1024  # tokens: one more launch, for the product of the norms, pays
 
 
 @triton.jit
@@ -144,13 +149,13 @@ def _results(
         n = then
 
 
-@triton.jit(do_not_specialize=[*SIZES, "lag", "tickets", "zero"])
+@triton.jit(do_not_specialize=[*SIZES, "early", "lag", "tickets", "zero"])
 def _turns_kernel(
     hidden, kv, query_norm, key_norm, conv_norm, conv_weight, documents, past_values, past_scales,
-    out, alpha, stats, links, scales, counters, N, T, past, lag, tickets, zero, eps, root,
+    out, alpha, stats, links, scales, counters, N, T, past, early, lag, tickets, zero, eps, root,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
     SQUASH: tl.constexpr, RESIDUAL: tl.constexpr, BRANCHES: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Gates and results, by tickets: one for the gates of each token of a chunk, then one for each phase and block of
     channels of the chunk `lag` before it."""
@@ -163,6 +168,10 @@ def _turns_kernel(
         if place < CHUNK:
             n = turn * CHUNK + place
             if n < N:
+                if BULK:
+                    then = tl.cast(n + early, tl.int64)
+                    prefetch_bulk(hidden + then * (M * D), M * D, then < N, THREADS)
+                    prefetch_bulk(kv + then * ((M + 1) * D), (M + 1) * D, then < N, THREADS)
                 _, scale = store_gates(
                     hidden, kv, query_norm, key_norm, alpha, stats, n, eps, root, M, D, SQUASH, BRANCHES, WIDTH, AHEAD
                 )
@@ -215,11 +224,14 @@ def fuse_taps(
     turns = Turns.of(N, M, D, taps, dilation, gates.warps, hidden.device)
     links = torch.empty(N, dtype=torch.int32, device=hidden.device)
     scales = torch.empty(N, M, dtype=torch.float32, device=hidden.device)
+    many = N >= _MANY
+    norm, other_norm = (widen(query_norm) * widen(key_norm), None) if many else (query_norm, key_norm)
+    bulk, early = many and in_bulk(hidden, kv.view(B, T, M + 1, D)), _EARLY // ((2 * M + 1) * D * kv.itemsize) + 1
     counters = torch.zeros(1 + ceil_div(N, turns.chunk), dtype=torch.int32, device=hidden.device)
     _turns_kernel[(turns.programs,)](
-        hidden, kv, query_norm, key_norm, conv_norm, conv_weight, documents, past_values, past_scales,
-        out, alpha, stats, links, scales, counters, N, T, past, turns.lag, turns.tickets, 0, eps, 1 / math.sqrt(D),
+        hidden, kv, norm, other_norm, conv_norm, conv_weight, documents, past_values, past_scales, out, alpha, stats,
+        links, scales, counters, N, T, past, early, turns.lag, turns.tickets, 0, eps, 1 / math.sqrt(D),
         M=M, D=D, TAPS=taps, DILATION=dilation, SQUASH=squash, RESIDUAL=residual, BRANCHES=gates.branches,
         WIDTH=gates.width, AHEAD=gates.ahead, CHUNK=turns.chunk, BLOCK=turns.block,
-        THREADS=min(gates.warps * 32, turns.block), num_warps=gates.warps, **at_most(turns.registers),
+        THREADS=min(gates.warps * 32, turns.block), BULK=bulk, num_warps=gates.warps, **at_most(turns.registers),
     )  # fmt: skip

@@ -36,7 +36,10 @@ def store_gates(
     hidden, kv, query_norm, key_norm, alpha, stats, n, eps, root, M: tl.constexpr, D: tl.constexpr,
     SQUASH: tl.constexpr, BRANCHES: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Stores gates and stats of token n; returns its gates and their scales of values, [branches] each."""
+    """Stores gates and stats of token n; returns its gates and their scales of values, [branches] each.
+
+    Of norms only their product enters: it may come as `query_norm`, with None for the other.
+    """
     EVEN: tl.constexpr = D % (WIDTH * AHEAD) == 0
     m = tl.arange(0, BRANCHES)
     m_in = tl.full([BRANCHES], True, tl.int1) if M == BRANCHES else m < M
@@ -64,12 +67,16 @@ def store_gates(
             vs = vs + (tl.load(kv + (k_row + M) * D + d + v_at, mask=mask, other=0.0),)
         for part in tl.static_range(AHEAD):
             d = d0 + part * WIDTH
-            query = tl.load(query_norm + d + at, mask=masks[part], other=0.0, eviction_policy="evict_last")
-            key = tl.load(key_norm + d + at, mask=masks[part], other=0.0, eviction_policy="evict_last")
+            norm = tl.load(query_norm + d + at, mask=masks[part], other=0.0, eviction_policy="evict_last").to(
+                tl.float32
+            )
+            if key_norm is not None:
+                key = tl.load(key_norm + d + at, mask=masks[part], other=0.0, eviction_policy="evict_last")
+                norm *= key.to(tl.float32)
             h, k, v = hs[part].to(tl.float32), ks[part].to(tl.float32), vs[part].to(tl.float32)
             hh += h * h
             kk += k * k
-            hk += h * k * (query.to(tl.float32) * key.to(tl.float32))
+            hk += h * k * norm
             vv += v * v
     dot = tl.sum(hk, 1)
     inv_h = tl.rsqrt(tl.sum(hh, 1) / D + eps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engram.kernels.fusion import fuse_memory_backward_reference, fuse_memory_reference
-from engram.kernels.triton import launch
+from engram.kernels.triton import fusion_forward_taps, launch
 from engram.kernels.triton.fusion_backward import fuse_memory_backward_triton
 from engram.kernels.triton.fusion_forward import fuse_memory_triton
 from engram.kernels.triton.launch import Machine
@@ -133,6 +133,16 @@ def test_chunks_do_not_show(
     assert (turns.chunk, turns.lag) == (chunk, lag)
     assert turns.programs > 1
     check_forward(inputs(device, **SHAPE | {"T": 23, "M": 1, "packed": True} | LAUNCHES[case]), narrow=False)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_norms_may_be_multiplied_beforehand(
+    narrow: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are for many tokens."""
+    monkeypatch.setattr(fusion_forward_taps, "_MANY", 1)
+    types = {"hidden": torch.bfloat16, "kv": torch.bfloat16} if narrow else {}
+    check_forward(inputs(device, **SHAPE | {"packed": True}, **types), narrow=narrow)
 
 
 @pytest.mark.parametrize("case", LAUNCHES)
