@@ -6,6 +6,7 @@ twice, the second time from a cache, in one launch:
 
     no convolution    a token's program finds them in the L1 cache                        fusion_forward_tokens.py
     convolution       other programs find them in the L2 cache, some 200 tokens later     fusion_forward_taps.py
+      up to `dilation` tokens of a sequence, as in decoding: kept in registers            fusion_forward_steps.py
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engram.kernels.fusion import fuse_memory_reference
+from engram.kernels.triton.fusion_forward_steps import fuse_steps
 from engram.kernels.triton.fusion_forward_taps import fuse_taps
 from engram.kernels.triton.fusion_forward_tokens import fuse_tokens
 from engram.kernels.triton.fusion_taps import left_to_torch
@@ -53,7 +55,9 @@ def fuse_memory_triton(
     if conv_weight is None or conv_norm is None:
         fuse_tokens(out, alpha, stats, hidden, kv, query_norm, key_norm, documents, past, eps, squash, residual)
     else:
-        fuse_taps(
+        # No tap sees another token of the call where they all reach further back than its first.
+        fuse = fuse_steps if dilation >= T else fuse_taps
+        fuse(
             out, alpha, stats, hidden, kv, query_norm, key_norm, conv_norm.contiguous(), conv_weight.contiguous(),
             documents, dense(past_values) if past else None, dense(past_scales) if past else None,
             eps, squash, dilation, residual,

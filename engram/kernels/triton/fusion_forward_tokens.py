@@ -32,6 +32,19 @@ def store_numbers(into, x, m, m_in, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def gate_of(dot, hh, kk, vv, eps, root, D: tl.constexpr, SQUASH: tl.constexpr):
+    """Gates, and the scales that their norms have found, given the sums over D."""
+    inv_h = tl.rsqrt(hh / D + eps)
+    inv_k = tl.rsqrt(kk / D + eps)
+    g = dot * inv_h * inv_k * root
+    if SQUASH:
+        size = tl.sqrt(tl.maximum(tl.abs(g), 1e-6))
+        g = tl.where(g > 0, size, tl.where(g < 0, -size, g))
+    a = sigmoid(g)
+    return a, inv_h, inv_k, tl.rsqrt(a * a * (vv / D) + eps)
+
+
+@triton.jit
 def store_gates(
     hidden, kv, query_norm, key_norm, alpha, stats, n, eps, root, M: tl.constexpr, D: tl.constexpr,
     SQUASH: tl.constexpr, BRANCHES: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
@@ -79,14 +92,7 @@ def store_gates(
             hk += h * k * norm
             vv += v * v
     dot = tl.sum(hk, 1)
-    inv_h = tl.rsqrt(tl.sum(hh, 1) / D + eps)
-    inv_k = tl.rsqrt(tl.sum(kk, 1) / D + eps)
-    g = dot * inv_h * inv_k * root
-    if SQUASH:
-        size = tl.sqrt(tl.maximum(tl.abs(g), 1e-6))
-        g = tl.where(g > 0, size, tl.where(g < 0, -size, g))
-    a = sigmoid(g)
-    inv_u = tl.rsqrt(a * a * (tl.sum(vv, 1) / D) + eps)
+    a, inv_h, inv_k, inv_u = gate_of(dot, tl.sum(hh, 1), tl.sum(kk, 1), tl.sum(vv, 1), eps, root, D, SQUASH)
     store_numbers(alpha + row, a, m, m_in, 1)
     store_numbers(stats + row * 4, dot, m, m_in, 4)
     store_numbers(stats + row * 4 + 1, inv_h, m, m_in, 4)

@@ -87,6 +87,23 @@ class Row(NamedTuple):
         return cls(width, ceil_div(D, width), run, ceil_div(N, run))
 
 
+class Step(NamedTuple):
+    """Programs of up to 8 warps that each take all channels of a branch of a token, in `parts` blocks, and ask for
+    `ahead` of them at once."""
+
+    width: int
+    parts: int
+    ahead: int
+    warps: int
+
+    @classmethod
+    def of(cls, D: int, asked: list[Tensor]) -> Step:
+        """For a row of each tensor: a thread asks for as many blocks as 160 registers would hold of it, or one."""
+        width = min(8 * WIDTH, _padded(D))
+        parts, each = ceil_div(D, width), 4 * sum(x.element_size() for x in asked)
+        return cls(width, parts, min(max(640 // each, 1), parts), max(width // WIDTH, 1))
+
+
 class Rows(NamedTuple):
     """Blocks of whole rows, narrow ones several to a block, one of which a program holds in registers: of `width`
     channels, and a second of `rest`, if that is not 0."""

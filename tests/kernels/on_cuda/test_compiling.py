@@ -118,6 +118,46 @@ def test_fusion(
     assert any("cp.async.bulk.prefetch" in kernel.asm["ptx"] for kernel in compiled) == (bulk and pieces)
 
 
+@pytest.mark.parametrize(
+    ("T", "M", "D", "taps", "packed", "past", "hidden", "kv"),
+    [
+        (1, 1, 2560, 4, True, 9, torch.bfloat16, torch.bfloat16),
+        (3, 4, 7168, 4, True, 9, torch.bfloat16, torch.bfloat16),
+        (2, 3, 33, 15, True, 60, torch.float32, torch.bfloat16),
+        (3, 2, 64, 1, False, 0, torch.float32, torch.float32),
+    ],
+)
+def test_fusion_in_decoding(
+    T: int,
+    M: int,
+    D: int,
+    taps: int,
+    packed: bool,
+    past: int,
+    hidden: torch.dtype,
+    kv: torch.dtype,
+    compiled: list[Any],
+) -> None:
+    """Up to as many tokens as the dilation."""
+    norms = [torch.ones(M, D) for _ in range(3)]
+    fusion_forward.fuse_memory_triton(
+        torch.randn(2, T, M, D, dtype=hidden),
+        torch.randn(2, T, (M + 1) * D, dtype=kv),
+        *norms,
+        torch.randn(taps, M, D),
+        torch.zeros(2, past + T, dtype=torch.int64) if packed else None,
+        torch.randn(2, past, D, dtype=kv) if past else None,
+        torch.rand(2, past, M) if past else None,
+        1e-5,
+        True,
+        3,
+        True,
+    )
+    assert len(compiled) == 1  # one launch
+    assert compiled[0].asm["cubin"]
+    assert compiled[0].metadata.name == "_steps_kernel"
+
+
 def test_hashing(compiled: list[Any]) -> None:
     ids, moduli, offsets = torch.zeros(2, 9, dtype=torch.int64), torch.arange(1, 17), torch.arange(16)
     arguments = (moduli, offsets, [3, 2**40 + 1, 5], [2, 3], 1, 2)

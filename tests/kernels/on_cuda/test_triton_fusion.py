@@ -109,7 +109,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "no documents": {"packed": False},
     "four branches": {"M": 4},
     "taps that reach beyond a chunk": {"taps": 3, "dilation": 9},
-    "taps that reach beyond the sequence": {"B": 6, "T": 7, "dilation": 8},
+    "taps that reach beyond the sequence": {"B": 5, "T": 9, "dilation": 8},
     "a past": {"past": 9, "residual": True},
     "no convolution": {"taps": 0},
 }
@@ -202,6 +202,49 @@ def test_what_is_not_finite_stays_in_its_document(bad: float, past: int, device:
     assert torch.equal(out[0, second], calm_out[0, second])
     assert torch.equal(out[1], calm_out[1])
     assert torch.equal(grad_kv[0, second], calm_grad[0, second])
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "a token, taps beyond the past": {"T": 1, "past": 5, "M": 3},
+    "a past longer than the taps": {"T": 3, "past": 12, "M": 1, "D": 33},
+    "no past": {"T": 3, "M": 2},
+    "fifteen taps": {"T": 2, "past": 25, "taps": 15, "dilation": 2, "D": 19, "M": 1},
+    "one tap": {"taps": 1, "T": 2, "past": 2, "M": 1},
+    "several blocks of channels": {"T": 1, "past": 9, "M": 1, "D": 2100, "squash": False},
+    "several blocks, not all at once": {"B": 1, "T": 1, "past": 9, "taps": 10, "dilation": 1, "M": 1, "D": 2100},
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_steps_follow_their_reference(case: str, device: torch.device) -> None:
+    """Up to as many tokens as the dilation, among which no tap reaches from one to another."""
+    check_forward(inputs(device, **SHAPE | {"packed": True, "residual": True} | STEPS[case]), narrow=False)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_take_narrow_types(weights: torch.dtype, device: torch.device) -> None:
+    types = {"hidden": torch.bfloat16, "kv": torch.bfloat16}
+    arguments = inputs(device, **SHAPE | {"T": 2, "M": 3, "past": 9}, **types)
+    arguments[2:6] = [x.to(weights) for x in arguments[2:6]]
+    check_forward(arguments, narrow=True)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_past_of_another_document_stays_there(bad: float, device: torch.device) -> None:
+    arguments = inputs(device, **SHAPE | {"T": 1, "past": 9})
+    arguments[6] = torch.tensor([[0] * 5 + [1] * 5, [0] * 10], device=device)
+    calm = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    arguments[7][0, :5] = bad
+    arguments[8][0, 3] = bad
+    for ours, theirs in zip(fuse_memory_triton(*arguments), fuse_memory_reference(*calm), strict=True):
+        close(ours, theirs, narrow=False)
+
+
+def test_steps_need_no_scales_of_the_past(device: torch.device) -> None:
+    """Which are then zeros."""
+    arguments = inputs(device, **SHAPE | {"T": 2, "past": 9})
+    arguments[8] = None
+    check_forward(arguments, narrow=False)
 
 
 @pytest.mark.parametrize(("hidden", "kv"), TYPES)
