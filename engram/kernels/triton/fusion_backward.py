@@ -25,8 +25,7 @@ from engram.kernels.triton.fusion_backward_taps import hand_back
 from engram.kernels.triton.fusion_backward_tokens import token_gradients
 from engram.kernels.triton.fusion_taps import left_to_torch
 from engram.kernels.triton.launch import dense
-from engram.kernels.triton.parts import product_gradients
-from engram.tensors import widen
+from engram.kernels.triton.parts import product, product_gradients
 
 
 def fuse_memory_backward_triton(
@@ -67,7 +66,7 @@ def fuse_memory_backward_triton(
         grad_hidden, gate_sums = token_gradients(grad_kv, *rest)
     else:
         past_values, past_scales = (dense(past_values), dense(past_scales)) if past else (None, None)
-        conv = (widen(conv_weight) * widen(conv_norm)).contiguous()
+        conv = product(conv_weight, conv_norm)
         dots, tap_sums = hand_back(
             grad_kv, grad_out, kv, conv, documents, past_values, past_scales, alpha, stats, eps, dilation
         )

@@ -25,7 +25,7 @@ from engram.kernels.triton.device import prefetch_bulk, sigmoid
 from engram.kernels.triton.fusion_forward_tokens import store_gates, store_numbers
 from engram.kernels.triton.fusion_taps import SHOWN, SIZES, document_of, links_of
 from engram.kernels.triton.launch import Gates, Turns, at_most, ceil_div, in_bulk
-from engram.tensors import widen
+from engram.kernels.triton.parts import product
 
 _EARLY = 6 * 2**20  # bytes of tokens on their way to the L2 cache, where those of `Turns` lie too
 _MANY = 1024  # tokens: one more launch, for the product of the norms, pays
@@ -225,7 +225,7 @@ def fuse_taps(
     links = torch.empty(N, dtype=torch.int32, device=hidden.device)
     scales = torch.empty(N, M, dtype=torch.float32, device=hidden.device)
     many = N >= _MANY
-    norm, other_norm = (widen(query_norm) * widen(key_norm), None) if many else (query_norm, key_norm)
+    norm, other_norm = (product(query_norm, key_norm), None) if many else (query_norm, key_norm)
     bulk, early = many and in_bulk(hidden, kv.view(B, T, M + 1, D)), _EARLY // ((2 * M + 1) * D * kv.itemsize) + 1
     counters = torch.zeros(1 + ceil_div(N, turns.chunk), dtype=torch.int32, device=hidden.device)
     _turns_kernel[(turns.programs,)](

@@ -37,10 +37,11 @@ def _hash_kernel(
     same = valid
     mix = tl.zeros([TOKENS], tl.int64)
     at_order = tl.zeros([TOKENS, COLUMNS], tl.int64)
+    known = tl.full([TOKENS], True, tl.int1)
     for back in tl.static_range(REACH):
         same = same & (t >= back)
         there = tl.load(ids + now - back, mask=same, other=0)
-        tl.device_assert((there >= 0) & (there < n_ids), "a token id beyond the vocabulary")
+        known = known & (there >= 0) & (there < n_ids)
         if back > 0:
             if documents is not None:
                 document = tl.load(documents + now, mask=valid, other=0)
@@ -53,6 +54,8 @@ def _hash_kernel(
     cell = n[:, None] * H + h[None, :]
     both = valid[:, None] & h_in[None, :]
     tl.store(rows + cell, row, mask=both)
+    # Last, and once: whatever is asked for after an assertion waits for what it looks at.
+    tl.device_assert(known, "a token id beyond the vocabulary")
     if table is not None:
         # Read back what was just stored: a row's number, a slow 64-bit remainder, would else be computed by every
         # thread that copies a part of the row.

@@ -1,4 +1,4 @@
-"""Sums of what programs leave in parts: the gradients of parameters, which all tokens share."""
+"""Parameters that all tokens share: products of two, and gradients, the sums of what programs leave in parts."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -53,3 +53,18 @@ def product_gradients(parts: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tens
     grad_a = torch.empty_like(grad_b, dtype=a.dtype if same else torch.float32)
     _launch(parts, a.contiguous(), b.contiguous(), grad_a, grad_b)
     return grad_a if same else grad_a.flatten(0, -3).sum(0).to(a.dtype), grad_b
+
+
+@triton.jit(do_not_specialize=["N"])
+def _product_kernel(a, b, out, N, B: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(a + i, mask=i < N, other=0.0).to(tl.float32)
+    tl.store(out + i, x * tl.load(b + i % B, mask=i < N, other=0.0).to(tl.float32), mask=i < N)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a` `[..., M, D]` times `b` `[M, D]` in float32, by one launch whatever their types."""
+    out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+    N = out.numel()
+    _product_kernel[(ceil_div(N, 512),)](a.contiguous(), b.contiguous(), out, N, B=b.numel(), BLOCK=512, num_warps=4)
+    return out
