@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     action = commands.add_parser(
         "consolidate", help="write a checkpoint's model as safetensors, whatever mesh saved it"
     )
-    action.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as RUN/checkpoints/step-00001000")
+    action.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's, whose last one is taken")
     action.add_argument("folder", type=Path, help="where to write the model")
     action.set_defaults(run=_consolidate)
     action = commands.add_parser(
@@ -142,10 +142,13 @@ def _add_executor(action: argparse.ArgumentParser) -> None:
 
 
 def _consolidate(args: argparse.Namespace) -> int:
+    from engram.parallel.checkpoint import CHECKPOINTS, is_checkpoint, last_checkpoint
     from engram.training.weights import save_checkpoints_model
 
-    require(args.checkpoint.is_dir(), "checkpoint", str(args.checkpoint), "the folder of a checkpoint")
-    print(save_checkpoints_model(args.checkpoint, args.folder))
+    checkpoint = last_checkpoint(args.checkpoint / CHECKPOINTS) or args.checkpoint
+    allowed = "the folder of a checkpoint, or of a run that has one"
+    require(is_checkpoint(checkpoint), "checkpoint", str(args.checkpoint), allowed)
+    print(save_checkpoints_model(checkpoint, args.folder))
     return 0
 
 

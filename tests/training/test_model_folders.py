@@ -69,6 +69,19 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return save_checkpoints_model(tmp_path / "checkpoint", tmp_path / "shards")
 
 
+def test_the_command_takes_a_checkpoint_or_that_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = built(), tmp_path / "run"
+    saved = {"model_config": model.config.to_dict(), "token_lookup": LOOKUP, "tokenizer_json": None}
+    CheckpointWriter().save(run / "checkpoints" / "step-00000002", model, [], saved)
+    for asked in (run / "checkpoints" / "step-00000002", run):
+        assert main(["consolidate", str(asked), str(tmp_path / "models" / asked.name)]) == 0
+        assert torch.equal(load_model(tmp_path / "models" / asked.name).embed.weight, model.embed.weight)
+    capsys.readouterr()
+    for wrong in (run / "checkpoints", tmp_path / "none"):
+        assert main(["consolidate", str(wrong), str(tmp_path / "no")]) == 2
+        assert f"checkpoint is {str(wrong)!r}: allowed is the folder of a checkpoint" in capsys.readouterr().err
+
+
 def spans(path: Path) -> dict[str, tuple[int, int]]:
     """From which byte of a file to which each tensor goes, by the format's description."""
     raw = path.read_bytes()
