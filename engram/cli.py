@@ -142,12 +142,12 @@ def _add_executor(action: argparse.ArgumentParser) -> None:
 
 
 def _consolidate(args: argparse.Namespace) -> int:
-    from engram.parallel.checkpoint import CHECKPOINTS, is_checkpoint, last_checkpoint
+    from engram.parallel.checkpoint import find_checkpoint
     from engram.training.weights import save_checkpoints_model
 
-    checkpoint = last_checkpoint(args.checkpoint / CHECKPOINTS) or args.checkpoint
-    allowed = "the folder of a checkpoint, or of a run that has one"
-    require(is_checkpoint(checkpoint), "checkpoint", str(args.checkpoint), allowed)
+    checkpoint, allowed = find_checkpoint(args.checkpoint), "the folder of a checkpoint, or of a run that has one"
+    require(checkpoint is not None, "checkpoint", str(args.checkpoint), allowed)
+    assert checkpoint is not None
     print(save_checkpoints_model(checkpoint, args.folder))
     return 0
 

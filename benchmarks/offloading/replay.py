@@ -33,10 +33,10 @@ class ReplayedStep:
             try:
                 self.logits = model.logits(model.step(self.ids, state).hidden[:, -1])
                 # The next replay begins where this one ends.
-                moved = _moving(state)
-                for kind in {x.dtype for x in moved}:  # of one type, many are copied by one launch
-                    at = [i for i, x in enumerate(moved) if x.dtype == kind]
-                    torch._foreach_copy_([self.moving[i] for i in at], [moved[i] for i in at])
+                pairs = list(zip(self.moving, _moving(state), strict=True))
+                for kind in {after.dtype for _, after in pairs}:  # of one type, many are copied by one launch
+                    some = [pair for pair in pairs if pair[1].dtype == kind]
+                    torch._foreach_copy_([before for before, _ in some], [after for _, after in some])
             finally:
                 self.graph.capture_end()
         current.wait_stream(stream)

@@ -13,7 +13,7 @@ from engram.config import ConfigError, ModelConfig, require, require_one_of
 from engram.inference.offload import offload, quantize, serve
 from engram.memory.row_formats import RowKind
 from engram.memory.table import tables_in
-from engram.parallel.checkpoint import CHECKPOINTS, is_checkpoint, last_checkpoint, load, read_run
+from engram.parallel.checkpoint import find_checkpoint, load, read_run
 from engram.training.identity import origin_of, require_origin
 from engram.training.tokenizer import load_tokenizer
 from engram.training.weights import load_model
@@ -66,8 +66,8 @@ def find_model(path: str | Path) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate
-    checkpoint = last_checkpoint(folder / CHECKPOINTS) or folder
-    if not is_checkpoint(checkpoint):
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
         raise ConfigError(f"{str(folder)!r} is no model's folder, no run's, and no checkpoint's")
     return checkpoint
 

@@ -290,6 +290,12 @@ def _named(folder: Path) -> Path:
     return folder.with_name(folder.name.removeprefix(".").removesuffix(_REPLACED))
 
 
+def find_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a run's folder, or the folder itself if it is one; None if there is none."""
+    checkpoint = last_checkpoint(folder / CHECKPOINTS) or folder
+    return checkpoint if is_checkpoint(checkpoint) else None
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint, and whole."""
     return all((folder / name).is_file() for name in (_RUN, CONTENTS))
