@@ -91,7 +91,7 @@ def hash_cases(D: int, N: int) -> Iterator[Case]:
     moduli = torch.tensor([step - 2 * h - 1 for h in range(HEADS)], device="cuda")
     offsets = torch.arange(HEADS, device="cuda") * step
     multipliers = [2**40 + 15, 2**41 + 27, 2**42 + 15]
-    arguments = [ids, None, moduli, offsets, multipliers, ORDERS, 0, 2, -1, IDS]
+    arguments = [ids, None, moduli[None], offsets[None], 0, multipliers, ORDERS, 0, 2, -1, IDS]
     least = N * (8 + 8 * HEADS)
     tile = peer("engram")
     if not isinstance(tile, str):

@@ -16,6 +16,7 @@ def hash_ngrams_reference(
     documents: Tensor | None,
     moduli: Tensor,
     offsets: Tensor,
+    ordinal: int,
     multipliers: list[int],
     orders: list[int],
     past: int,
@@ -47,18 +48,18 @@ def hash_ngrams_reference(
         mix = mix ^ (torch.where(same, ids[:, then], pad_id) * multipliers[back])
         if back + 1 in orders:
             mixes.append(mix)
-    heads = len(moduli) // len(orders)
-    return torch.stack(mixes, dim=-1).repeat_interleave(heads, dim=-1) % moduli + offsets
+    heads = moduli.shape[1] // len(orders)
+    return torch.stack(mixes, dim=-1).repeat_interleave(heads, dim=-1) % moduli[ordinal] + offsets[ordinal]
 
 
 def _fake(ids: Tensor, documents: Tensor | None, moduli: Tensor, *settings: Any) -> Tensor:
-    past = settings[3]  # after offsets, multipliers and orders
-    return ids.new_empty(ids.shape[0], ids.shape[1] - past, len(moduli))
+    past = settings[4]  # after offsets, ordinal, multipliers and orders
+    return ids.new_empty(ids.shape[0], ids.shape[1] - past, moduli.shape[1])
 
 
 _op = define(
-    "hash_ngrams(Tensor ids, Tensor? documents, Tensor moduli, Tensor offsets, int[] multipliers, int[] orders, "
-    "int past, int pad_id, int eos_id, int n_ids) -> Tensor",
+    "hash_ngrams(Tensor ids, Tensor? documents, Tensor moduli, Tensor offsets, int ordinal, int[] multipliers, "
+    "int[] orders, int past, int pad_id, int eos_id, int n_ids) -> Tensor",
     hash_ngrams_reference,
     _fake,
 )
@@ -70,6 +71,7 @@ def hash_ngrams(
     moduli: Tensor,
     offsets: Tensor,
     *,
+    ordinal: int,
     multipliers: tuple[int, ...],
     orders: tuple[int, ...],
     past: int,
@@ -81,7 +83,8 @@ def hash_ngrams(
 
     Args:
         ids, documents: `[B, past + T]`; an N-gram stops where the document changes (None: all are one document).
-        moduli, offsets: `[H]`, by order, then by head; rows are `mix mod modulus + offset`.
+        moduli, offsets: `[L, H]` of L layers, by order, then by head; rows are `mix mod modulus + offset`.
+        ordinal: whose of them, 0 .. L - 1 (all are passed on, since to index them takes as long as to hash a token).
         multipliers: one for each position of an N-gram, the token itself first.
         orders: ascending.
         past: how many of the ids only serve as context.
@@ -92,4 +95,4 @@ def hash_ngrams(
     Raises:
         ValueError: on the CPU, an id that does not: elsewhere a look at the values would make the host wait.
     """
-    return _op(ids, documents, moduli, offsets, multipliers, orders, past, pad_id, eos_id, n_ids)
+    return _op(ids, documents, moduli, offsets, ordinal, multipliers, orders, past, pad_id, eos_id, n_ids)

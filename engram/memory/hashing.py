@@ -179,13 +179,13 @@ class NgramHasher(nn.Module):
 
     def _hash(self, ids: Tensor, layer: int, documents: Tensor | None, past: int) -> Tensor:
         require(layer in self.layers, "layer", layer, f"one of memory.layers {self.layers}")
-        at = self.layers.index(layer)
         try:
             return hash_ngrams(
                 ids,
                 documents if documents is None else documents.long(),
-                self.moduli[at],
-                self.offsets[at],
+                self.moduli,
+                self.offsets,
+                ordinal=self.layers.index(layer),
                 multipliers=self.multipliers[layer],
                 orders=self.orders,
                 past=past,

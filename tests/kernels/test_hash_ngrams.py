@@ -58,11 +58,16 @@ def test_rows_are_those_of_unbounded_integers(data: st.DataObject) -> None:
     offsets = data.draw(st.lists(st.integers(0, 10**12), min_size=n_heads, max_size=n_heads))
     multipliers = data.draw(st.lists(st.integers(1, 2**32), min_size=orders[-1], max_size=orders[-1]))
     pad, eos = data.draw(st.integers(0, 5)), data.draw(st.sampled_from([-1, 0, 3]))
+    n_layers = data.draw(st.integers(1, 3))
+    ordinal = data.draw(st.integers(0, n_layers - 1))
     expected = in_python(ids, documents, moduli, offsets, multipliers, orders, past, pad, eos)
     tensors = [torch.tensor([ids]), None if documents is None else torch.tensor([documents])]
-    tensors += [torch.tensor(moduli), torch.tensor(offsets)]
-    settings_ = {"multipliers": multipliers, "orders": orders, "past": past, "pad_id": pad, "eos_id": eos}
-    settings_["n_ids"] = top + 1
+    # Another layer's numbers give row 1 of everything.
+    tensors += [
+        torch.tensor([own if at == ordinal else [1] * n_heads for at in range(n_layers)]) for own in (moduli, offsets)
+    ]
+    settings_ = {"ordinal": ordinal, "multipliers": multipliers, "orders": orders, "past": past, "n_ids": top + 1}
+    settings_ |= {"pad_id": pad, "eos_id": eos}
     assert hash_ngrams_reference(*tensors, **settings_)[0].tolist() == expected  # type: ignore[arg-type]
     assert hash_ngrams(*tensors, **settings_)[0].tolist() == expected  # type: ignore[arg-type]
 
@@ -76,8 +81,8 @@ def test_the_remainder_is_exact_over_the_whole_range(modulus: int, mix: int, sid
     beside = min(max(mix // modulus * modulus + side, 0), 2**63 - 1)  # where a quotient may be one off
     for x in (mix, beside):
         rows = hash_ngrams(
-            torch.tensor([[1]]), None, torch.full((9,), modulus), torch.zeros(9, dtype=torch.int64),
-            multipliers=(x,), orders=(1,), past=0, pad_id=0, eos_id=-1, n_ids=2,
+            torch.tensor([[1]]), None, torch.full((1, 9), modulus), torch.zeros(1, 9, dtype=torch.int64),
+            ordinal=0, multipliers=(x,), orders=(1,), past=0, pad_id=0, eos_id=-1, n_ids=2,
         )  # fmt: skip
         assert rows.flatten().tolist() == [x % modulus] * 9
 
@@ -88,20 +93,21 @@ def test_the_remainder_is_exact_over_the_whole_range(modulus: int, mix: int, sid
 def test_an_id_out_of_range_is_refused_wherever_it_stands(hash_: Any, bad: int, row: int, at: int) -> None:
     load_native()
     ids = torch.randint(0, 100, (3, 700))
-    options = {"multipliers": [3, 5], "orders": [2], "past": 1, "pad_id": 2, "eos_id": -1, "n_ids": 100}
-    hash_(ids, None, torch.tensor([97]), torch.tensor([0]), **options)
+    moduli, offsets = torch.tensor([[97]]), torch.tensor([[0]])
+    options = {"ordinal": 0, "multipliers": [3, 5], "orders": [2], "past": 1, "pad_id": 2, "eos_id": -1, "n_ids": 100}
+    hash_(ids, None, moduli, offsets, **options)
     ids[row, at] = bad
     with pytest.raises(ValueError, match=f"token id is {bad}: allowed is 0 to 99"):
-        hash_(ids, None, torch.tensor([97]), torch.tensor([0]), **options)
+        hash_(ids, None, moduli, offsets, **options)
 
 
 def test_rows_of_a_batch_are_hashed_apart() -> None:
     load_native()
     ids = torch.randint(0, 100, (64, 257), generator=torch.Generator().manual_seed(0))
     documents = (torch.rand(64, 257, generator=torch.Generator().manual_seed(1)) < 0.1).long().cumsum(1)
-    arguments = (torch.tensor([97, 1009, 89, 1013]), torch.tensor([0, 97, 1106, 1195]))
-    options = {"multipliers": (12345, 999_983, 77_777), "orders": (2, 3), "past": 0, "pad_id": 2, "eos_id": 5}
-    options["n_ids"] = 100
+    arguments = (torch.tensor([[97, 1009, 89, 1013]]), torch.tensor([[0, 97, 1106, 1195]]))
+    options = {"ordinal": 0, "multipliers": (12345, 999_983, 77_777), "orders": (2, 3), "past": 0, "n_ids": 100}
+    options |= {"pad_id": 2, "eos_id": 5}
     whole = hash_ngrams(ids, documents, *arguments, **options)  # type: ignore[arg-type]
     assert torch.equal(whole, hash_ngrams_reference(ids, documents, *arguments, **options))  # type: ignore[arg-type]
     alone = [hash_ngrams(i[None], d[None], *arguments, **options) for i, d in zip(ids, documents, strict=True)]  # type: ignore[arg-type]
@@ -109,7 +115,8 @@ def test_rows_of_a_batch_are_hashed_apart() -> None:
 
 
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
-    arguments = (torch.tensor([[1, 2, 3]]), None, torch.tensor([97]), torch.tensor([0]), [3, 5], [2], 0, 0, -1, 4)
+    moduli, offsets = torch.tensor([[97]]), torch.tensor([[0]])
+    arguments = (torch.tensor([[1, 2, 3]]), None, moduli, offsets, 0, [3, 5], [2], 0, 0, -1, 4)
     torch.library.opcheck(torch.ops.engram.hash_ngrams.default, arguments)
 
 
@@ -117,8 +124,11 @@ def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     ("name", "wrong"),
     [
         ("documents", torch.zeros(1, 7, dtype=torch.int64)),
-        ("offsets", torch.zeros(1, dtype=torch.int64)),
-        ("modulus", torch.tensor([97, 0])),
+        ("offsets", torch.zeros(1, 1, dtype=torch.int64)),
+        ("moduli", torch.tensor([97, 101])),
+        ("modulus", torch.tensor([[97, 0]])),
+        ("ordinal", 1),
+        ("ordinal", -1),
         ("past", 8),
         ("multipliers", (3,)),
         ("orders", (3, 2)),
@@ -126,8 +136,9 @@ def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(name: str, wrong: Any) -> None:
     load_native()
-    options = {"documents": None, "moduli": torch.tensor([97, 101]), "offsets": torch.tensor([0, 97])}
-    options |= {"multipliers": (3, 5, 7), "orders": (2, 3), "past": 0, "pad_id": 0, "eos_id": -1, "n_ids": 9}
+    options = {"documents": None, "moduli": torch.tensor([[97, 101]]), "offsets": torch.tensor([[0, 97]])}
+    options |= {"ordinal": 0, "multipliers": (3, 5, 7), "orders": (2, 3), "past": 0, "pad_id": 0, "eos_id": -1}
+    options |= {"n_ids": 9}
     options["moduli" if name == "modulus" else name] = wrong
     with pytest.raises(ValueError, match=name):
         hash_ngrams(torch.ones(3, 7, dtype=torch.int64), **options)  # type: ignore[arg-type]

@@ -25,10 +25,11 @@ struct Moduli {
   std::vector<double> inverse;
   std::vector<uint64_t> fixed;
   bool large = true;
-  Moduli(const at::Tensor& moduli, const at::Tensor& offsets) {
+  Moduli(const at::Tensor& moduli, const at::Tensor& offsets, int64_t ordinal) {
     const auto m = moduli.contiguous(), o = offsets.contiguous();
-    p.assign(m.const_data_ptr<int64_t>(), m.const_data_ptr<int64_t>() + m.numel());
-    offset.assign(o.const_data_ptr<int64_t>(), o.const_data_ptr<int64_t>() + o.numel());
+    const int64_t H = m.size(1), begin = ordinal * H, end = begin + H;
+    p.assign(m.const_data_ptr<int64_t>() + begin, m.const_data_ptr<int64_t>() + end);
+    offset.assign(o.const_data_ptr<int64_t>() + begin, o.const_data_ptr<int64_t>() + end);
     for (const int64_t modulus : p) {
       TORCH_CHECK_VALUE(modulus >= 1, "modulus is ", modulus, ": allowed is 1 or more");
       inverse.push_back((1 - 0x1p-51) / static_cast<double>(modulus));
@@ -92,12 +93,16 @@ struct Mixer {
 };
 
 at::Tensor hash_ngrams(const at::Tensor& ids, const std::optional<at::Tensor>& documents,
-                       const at::Tensor& moduli, const at::Tensor& offsets, at::IntArrayRef multipliers,
-                       at::IntArrayRef orders, int64_t past, int64_t pad_id, int64_t eos_id, int64_t n_ids) {
+                       const at::Tensor& moduli, const at::Tensor& offsets, int64_t ordinal,
+                       at::IntArrayRef multipliers, at::IntArrayRef orders, int64_t past, int64_t pad_id, int64_t eos_id,
+                       int64_t n_ids) {
   check_axes("ids", ids, 2);
   check_shape("documents", documents, ids.sizes());
+  check_axes("moduli", moduli, 2);
   check_shape("offsets", offsets, moduli.sizes());
-  const int64_t B = ids.size(0), S = ids.size(1), T = S - past, H = moduli.numel(), n_orders = orders.size();
+  TORCH_CHECK_VALUE(ordinal >= 0 && ordinal < moduli.size(0), "ordinal is ", ordinal, ": allowed is 0 to ",
+                    moduli.size(0) - 1);
+  const int64_t B = ids.size(0), S = ids.size(1), T = S - past, H = moduli.size(1), n_orders = orders.size();
   TORCH_CHECK_VALUE(past >= 0 && T >= 0, "past is ", past, ": allowed is 0 to ", S);
   TORCH_CHECK_VALUE(n_orders > 0 && orders.front() >= 1 && std::is_sorted(orders.begin(), orders.end()), "orders are ", orders,
                     ": allowed are ascending ones from 1");
@@ -109,7 +114,7 @@ at::Tensor hash_ngrams(const at::Tensor& ids, const std::optional<at::Tensor>& d
   const auto documents_c = documents ? std::optional(documents->contiguous()) : std::nullopt;
   const int64_t* id = ids_c.const_data_ptr<int64_t>();
   const int64_t* document = data_or_null<int64_t>(documents_c);
-  const Moduli modulus(moduli, offsets);
+  const Moduli modulus(moduli, offsets, ordinal);
   const Mixer mixer{multipliers, orders, pad_id, eos_id};
   auto rows = at::empty({B, T, H}, ids.options());
   int64_t* out = rows.mutable_data_ptr<int64_t>();

@@ -26,8 +26,8 @@ def hash_gather_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 # Not differentiable: a table's gradient is row-sparse, and how it gets there is the table's affair.
 hash_gather = define(
-    "hash_gather(Tensor ids, Tensor? documents, Tensor moduli, Tensor offsets, int[] multipliers, int[] orders, "
-    "int past, int pad_id, int eos_id, int n_ids, Tensor table) -> (Tensor, Tensor)",
+    "hash_gather(Tensor ids, Tensor? documents, Tensor moduli, Tensor offsets, int ordinal, int[] multipliers, "
+    "int[] orders, int past, int pad_id, int eos_id, int n_ids, Tensor table) -> (Tensor, Tensor)",
     hash_gather_reference,
     hash_gather_reference,  # what it calls knows the shapes
 )

@@ -79,6 +79,7 @@ def _hash(
     documents: Tensor | None,
     moduli: Tensor,
     offsets: Tensor,
+    ordinal: int,
     multipliers: list[int],
     orders: list[int],
     past: int,
@@ -87,7 +88,7 @@ def _hash(
     n_ids: int,
     table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    (B, S), H = ids.shape, len(moduli)
+    (B, S), H = ids.shape, moduli.shape[1]
     T = S - past
     rows = ids.new_empty(B, T, H)
     gathered = ids.new_empty(0) if table is None else table.new_empty(B, T, H, table.shape[1])
@@ -101,7 +102,7 @@ def _hash(
         count, width = rows_at_once(W, cells.itemsize)
         count = min(count, tokens * columns)
     _hash_kernel[(ceil_div(B * T, tokens),)](
-        ids.contiguous(), dense(documents), moduli.contiguous(), offsets.contiguous(),
+        ids.contiguous(), dense(documents), moduli[ordinal].contiguous(), offsets[ordinal].contiguous(),
         _constants(tuple(multipliers), ids.device), _constants(tuple(orders), ids.device),
         None if table is None else cells, rows, None if table is None else copies,
         B * T, T, past, pad_id, eos_id, n_ids, R,

@@ -159,8 +159,8 @@ def test_fusion_in_decoding(
 
 
 def test_hashing(compiled: list[Any]) -> None:
-    ids, moduli, offsets = torch.zeros(2, 9, dtype=torch.int64), torch.arange(1, 17), torch.arange(16)
-    arguments = (moduli, offsets, [3, 2**40 + 1, 5], [2, 3], 1, 2)
+    ids, moduli = torch.zeros(2, 9, dtype=torch.int64), torch.arange(1, 33).view(2, 16)
+    arguments = (moduli, moduli - 1, 1, [3, 2**40 + 1, 5], [2, 3], 1, 2)
     hashing.hash_ngrams_triton(ids, None, *arguments, -1, 9)
     hashing.hash_gather_triton(ids, ids, *arguments, 3, 9, torch.randn(40, 80).bfloat16())
     assert len(compiled) == 2

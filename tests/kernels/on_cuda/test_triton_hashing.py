@@ -22,10 +22,10 @@ def test_rows_are_the_references(
     ids = torch.randint(0, 6, (3, past + T), device=device)
     documents = torch.randint(0, 2, ids.shape, device=device).cumsum(1) - 1 if packed else None
     H = 2 * len(orders)
-    moduli = torch.tensor([PRIMES[h % 4] for h in range(H)], device=device)
-    offsets = torch.arange(H, device=device) * 10**12
+    moduli = torch.tensor([[PRIMES[(h + layer) % 4] for h in range(H)] for layer in range(2)], device=device)
+    offsets = torch.arange(2 * H, device=device).view(2, H) * 10**12
     multipliers = torch.randint(1, 2**60, (orders[-1],)).tolist()
-    arguments = (ids, documents, moduli, offsets, multipliers, orders, past, 2, eos_id, 6)
+    arguments = (ids, documents, moduli, offsets, 1, multipliers, orders, past, 2, eos_id, 6)
     assert torch.equal(hash_ngrams_triton(*arguments), hash_ngrams_reference(*arguments))
 
 
@@ -33,14 +33,14 @@ def test_rows_are_the_references(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_gathered_is_what_the_rows_hold(width: int, dtype: torch.dtype, device: torch.device) -> None:
     ids = torch.randint(0, 2**31, (2, 9), device=device)
-    moduli, offsets = torch.tensor([7, 11, 13, 5, 3, 17], device=device), torch.arange(6, device=device) * 20
+    moduli, offsets = torch.tensor([[7, 11, 13, 5, 3, 17]], device=device), torch.arange(6, device=device)[None] * 20
     table = torch.randn(120, width, device=device).to(dtype)
-    arguments = (ids, None, moduli, offsets, [3, 2**31 + 11, 12345], [2, 3], 0, 2, -1, 2**31, table)
+    arguments = (ids, None, moduli, offsets, 0, [3, 2**31 + 11, 12345], [2, 3], 0, 2, -1, 2**31, table)
     for ours, theirs in zip(hash_gather_triton(*arguments), hash_gather_reference(*arguments), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
-    ids, moduli, offsets = torch.randint(0, 9, (2, 5)), torch.tensor([7, 11]), torch.tensor([0, 7])
-    arguments = (ids, None, moduli, offsets, [3, 5], [1, 2], 1, 2, -1, 9, torch.randn(18, 4))
+    ids, moduli, offsets = torch.randint(0, 9, (2, 5)), torch.tensor([[7, 11]]), torch.tensor([[0, 7]])
+    arguments = (ids, None, moduli, offsets, 0, [3, 5], [1, 2], 1, 2, -1, 9, torch.randn(18, 4))
     torch.library.opcheck(torch.ops.engram.hash_gather.default, arguments)

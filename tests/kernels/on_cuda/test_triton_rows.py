@@ -60,7 +60,7 @@ def test_rows_are_gathered_from_a_table_that_lies_in_strides(device: torch.devic
 
 GATHER = "rows.gather_rows_triton(torch.zeros(40, 3).cuda(), ids)"
 PICK = "elsewhere.pick_rows_triton(cache, torch.full_like(ids, -1), torch.zeros(40, 8).byte().pin_memory(), ids)"
-HASH = "hashing.hash_ngrams_triton(ids[None], None, ids[:1] + 7, ids[:1], [3, 5], [2], 0, 0, -1, 40)"
+HASH = "hashing.hash_ngrams_triton(ids[None], None, ids[None, :1] + 7, ids[None, :1], 0, [3, 5], [2], 0, 0, -1, 40)"
 LOSS = "loss.cross_entropy_triton_(torch.zeros(2, 40).cuda(), ids)"
 
 
