@@ -20,28 +20,29 @@ from engram.kernels.triton.launch import ceil_div, dense
 from engram.kernels.triton.rows import ASSERTING, as_integers, copy_rows, rows_at_once
 
 
-@triton.jit(do_not_specialize=["N", "T", "past", "pad_id", "eos_id", "n_ids", "R"])
+@triton.jit(do_not_specialize=["T", "blocks", "past", "pad_id", "eos_id", "n_ids", "R"])
 def _hash_kernel(
     ids, documents, moduli, offsets, multipliers, orders, table, rows, gathered,
-    N, T, past, pad_id, eos_id, n_ids, R,
+    T, blocks, past, pad_id, eos_id, n_ids, R,
     H: tl.constexpr, HEADS: tl.constexpr, REACH: tl.constexpr, W: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a block of tokens and, given a table, what they hold."""
-    n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    """Rows of a block of a sequence's tokens and, given a table, what they hold."""
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    t = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
     h = tl.arange(0, COLUMNS)
-    valid, h_in = n < N, h < H
-    t = n % T + past
-    now = n // T * (past + T) + t
+    valid, h_in = t < T, h < H
+    n = sequence * T + t
+    now = sequence * (past + T) + past + t
     order = tl.load(orders + h // HEADS, mask=h_in, other=0)
     same = valid
     mix = tl.zeros([TOKENS], tl.int64)
     at_order = tl.zeros([TOKENS, COLUMNS], tl.int64)
     known = tl.full([TOKENS], True, tl.int1)
     for back in tl.static_range(REACH):
-        same = same & (t >= back)
+        same = same & (t + past >= back)
         there = tl.load(ids + now - back, mask=same, other=0)
-        known = known & (there >= 0) & (there < n_ids)
+        known = known & (there.to(tl.uint64) < n_ids.to(tl.uint64))  # below zero is above all
         if back > 0:
             if documents is not None:
                 document = tl.load(documents + now, mask=valid, other=0)
@@ -55,13 +56,13 @@ def _hash_kernel(
     both = valid[:, None] & h_in[None, :]
     tl.store(rows + cell, row, mask=both)
     # Last, and once: whatever is asked for after an assertion waits for what it looks at.
-    tl.device_assert(known, "a token id beyond the vocabulary")
+    tl.device_assert(known[:, None] | ~both, "a token id beyond the vocabulary")
     if table is not None:
         # Read back what was just stored: a row's number, a slow 64-bit remainder, would else be computed by every
         # thread that copies a part of the row.
         tl.debug_barrier()
-        first = tl.program_id(0).to(tl.int64) * TOKENS * H
-        end = tl.minimum(first + TOKENS * H, N.to(tl.int64) * H)
+        first = (sequence * T + tl.program_id(0) % blocks * TOKENS) * H
+        end = tl.minimum(first + TOKENS * H, (sequence + 1) * T * H)
         for _ in range(0, TOKENS * H, ROWS):
             for w0 in range(0, W, WIDTH):
                 copy_rows(table, rows, gathered, first, end, w0, R, W, ROWS, WIDTH)
@@ -101,11 +102,12 @@ def _hash(
         tokens, warps, (R, W) = max(32 // columns, 1), 1, cells.shape
         count, width = rows_at_once(W, cells.itemsize)
         count = min(count, tokens * columns)
-    _hash_kernel[(ceil_div(B * T, tokens),)](
+    blocks = ceil_div(T, tokens)
+    _hash_kernel[(B * blocks,)](
         ids.contiguous(), dense(documents), moduli[ordinal].contiguous(), offsets[ordinal].contiguous(),
         _constants(tuple(multipliers), ids.device), _constants(tuple(orders), ids.device),
         None if table is None else cells, rows, None if table is None else copies,
-        B * T, T, past, pad_id, eos_id, n_ids, R,
+        T, blocks, past, pad_id, eos_id, n_ids, R,
         H=H, HEADS=H // len(orders), REACH=max(orders), W=W, TOKENS=tokens, COLUMNS=columns, ROWS=count, WIDTH=width,
         num_warps=warps, **ASSERTING,
     )  # fmt: skip

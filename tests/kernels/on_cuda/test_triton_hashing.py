@@ -15,7 +15,7 @@ PRIMES = [1_000_003, 2_147_483_647, 4_294_967_311, 9_007_199_254_740_997]  # the
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("eos_id", [-1, 1, 3])
 @pytest.mark.parametrize("orders", [[2, 3], [1, 2, 3, 4], [3]])
-@pytest.mark.parametrize(("T", "past"), [(12, 0), (8, 4), (1, 2)])
+@pytest.mark.parametrize(("T", "past"), [(12, 0), (8, 4), (1, 2), (75, 3)])  # up to 64 tokens to a program
 def test_rows_are_the_references(
     packed: bool, eos_id: int, orders: list[int], T: int, past: int, device: torch.device
 ) -> None:
