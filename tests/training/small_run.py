@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from tokenizers import Tokenizer
 from torch.distributed.checkpoint import FileSystemReader
 
+from engram.backbone import EngramLM
+from engram.config import ModelConfig
 from engram.parallel.checkpoint import last_checkpoint
+from engram.training.tokenizer import train_bpe
 
 MODEL = {
     "vocab_size": 300,
@@ -24,6 +28,18 @@ MODEL = {
     "experts": {"n_experts": 6, "top_k": 2, "width": 16, "shared_width": 16, "score": "sigmoid", "bias_step": 0.01},
     "memory": {"layers": [1], "orders": [2, 3], "n_heads": 2, "row_width": 8, "rows": [97, 131], "eos_id": 1},
 }
+
+
+LOOKUP = torch.arange(300) // 2  # of each id, its canonical one
+
+
+def built(**changes: object) -> EngramLM:
+    """The model with some settings changed, named as in "memory.rows"."""
+    return EngramLM(ModelConfig.from_dict(merge(MODEL, changes)), LOOKUP).eval()
+
+
+def bpe(text: str) -> Tokenizer:
+    return train_bpe(iter([text]), 280)
 
 
 TEXTS = [f"document {i} tells of {' and '.join(str(i * j) for j in range(1, 3 + i % 9))}\n" for i in range(300)]

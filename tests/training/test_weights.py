@@ -8,26 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import MODEL, merge
-from tokenizers import Tokenizer
+from small_run import LOOKUP, bpe, built
 
-from engram.backbone import EngramLM
-from engram.config import ConfigError, ModelConfig
+from engram.config import ConfigError
 from engram.inference import offload, offload_from
 from engram.inference.offload import quantize
 from engram.memory.row_formats import RowKind
-from engram.training.tokenizer import train_bpe
 from engram.training.weights import load_model, save_model
-
-LOOKUP = torch.arange(300) // 2
-
-
-def built(**changes: object) -> EngramLM:
-    return EngramLM(ModelConfig.from_dict(merge(MODEL, changes)), LOOKUP).eval()
-
-
-def bpe(text: str) -> Tokenizer:
-    return train_bpe(iter([text]), 280)
 
 
 @pytest.mark.parametrize(

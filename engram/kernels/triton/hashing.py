@@ -29,7 +29,8 @@ def _hash_kernel(
 ):  # fmt: skip
     """Rows of a block of a sequence's tokens and, given a table, what they hold."""
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
-    t = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
+    start = tl.program_id(0) % blocks * TOKENS
+    t = start + tl.arange(0, TOKENS)
     h = tl.arange(0, COLUMNS)
     valid, h_in = t < T, h < H
     n = sequence * T + t
@@ -55,13 +56,14 @@ def _hash_kernel(
     cell = n[:, None] * H + h[None, :]
     both = valid[:, None] & h_in[None, :]
     tl.store(rows + cell, row, mask=both)
-    # Last, and once: whatever is asked for after an assertion waits for what it looks at.
+    # Last, and once: whatever is asked for after an assertion waits for what it looks at. Laid out as rows are: in
+    # a layout of its own, one number a token, ids would be loaded once more.
     tl.device_assert(known[:, None] | ~both, "a token id beyond the vocabulary")
     if table is not None:
         # Read back what was just stored: a row's number, a slow 64-bit remainder, would else be computed by every
         # thread that copies a part of the row.
         tl.debug_barrier()
-        first = (sequence * T + tl.program_id(0) % blocks * TOKENS) * H
+        first = (sequence * T + start) * H
         end = tl.minimum(first + TOKENS * H, (sequence + 1) * T * H)
         for _ in range(0, TOKENS * H, ROWS):
             for w0 in range(0, W, WIDTH):
