@@ -87,6 +87,22 @@ def test_the_remainder_is_exact_over_the_whole_range(modulus: int, mix: int, sid
         assert rows.flatten().tolist() == [x % modulus] * 9
 
 
+@pytest.mark.parametrize(("heads", "orders"), [(8, [2, 3]), (8, [1, 2, 3]), (20, [1, 3]), (56, [2])])
+def test_heads_computed_together_are_each_their_own(heads: int, orders: list[int]) -> None:
+    """Eight heads of an order side by side, up to four such groups in one pass, the rest alone; no two moduli alike."""
+    load_native()
+    n_heads, top = heads * len(orders), 2**31 - 1
+    ids = torch.randint(0, top, (2, 261))  # no multiple of the tokens mixed together
+    moduli = [10_007 + 1_000_003 * h for h in range(n_heads)]
+    offsets = [10**9 * h for h in range(n_heads)]
+    multipliers = [2**31 + 11, 2**30 + 7, 2**29 + 5][: orders[-1]]
+    options: dict[str, Any] = {"ordinal": 0, "multipliers": multipliers, "orders": orders, "past": 1}
+    options |= {"pad_id": 2, "eos_id": 3, "n_ids": top}
+    ours = hash_ngrams(ids, None, torch.tensor([moduli]), torch.tensor([offsets]), **options)
+    expected = [in_python(row, None, moduli, offsets, multipliers, orders, 1, 2, 3) for row in ids.tolist()]
+    assert ours.tolist() == expected
+
+
 @pytest.mark.parametrize("hash_", [hash_ngrams, hash_ngrams_reference])
 @pytest.mark.parametrize("bad", [-1, 100, 2**40])
 @pytest.mark.parametrize(("row", "at"), [(0, 0), (0, 699), (1, 0), (2, 300), (2, 699)])

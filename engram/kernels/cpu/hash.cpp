@@ -15,6 +15,9 @@ inline Longs longs(const int64_t* from) {
   return x;
 }
 
+constexpr int64_t kTokens = 256;  // mixed at a time, so that mixes stay in cache
+constexpr int64_t kAhead = 64;    // tokens whose rows are asked for before they are written
+
 // Remainders by multiplication with inverses, eight heads of an order side by side in a vector.
 //
 // In double, x * (1 / p) is off by four roundings, each of at most 2^-53 of it. With the inverse lowered by as much it
@@ -37,37 +40,56 @@ struct Moduli {
       large = large && modulus >= (int64_t(1) << 13);
     }
   }
-  // out[t * stride + h] for every mix x[t] and the heads from `begin` to `end`.
-  void reduce(const int64_t* x, int64_t n, int64_t begin, int64_t end, int64_t* out, int64_t stride) const {
-    if (large)
-      for (; begin + kLongs <= end; begin += kLongs) reduce_together(x, n, begin, out, stride);
-    for (; begin < end; ++begin) reduce_alone(x, n, begin, out, stride);
+  // out[t * H + h] for every mix[o * kTokens + t] and the heads h of order o.
+  void reduce(const int64_t* mix, int64_t n, int64_t heads, int64_t* out) const {
+    const int64_t H = p.size(), beside = large ? heads / kLongs : 0, vectors = beside * (H / heads);
+    int64_t v = 0;
+    for (; v + 4 <= vectors; v += 4) reduce_together<4>(mix, n, heads, v, out);
+    for (; v + 2 <= vectors; v += 2) reduce_together<2>(mix, n, heads, v, out);
+    for (; v < vectors; ++v) reduce_together<1>(mix, n, heads, v, out);
+    for (int64_t h = 0; h < H; ++h)
+      if (h % heads >= beside * kLongs) reduce_alone(mix + h / heads * kTokens, n, h, out);
   }
 
  private:
-  void reduce_alone(const int64_t* x, int64_t n, int64_t begin, int64_t* out, int64_t stride) const {
-    const uint64_t scale = fixed[begin], modulus = p[begin], shift = offset[begin];
+  void reduce_alone(const int64_t* x, int64_t n, int64_t h, int64_t* out) const {
+    const int64_t H = p.size();
+    const uint64_t scale = fixed[h], modulus = p[h], shift = offset[h];
     for (int64_t t = 0; t < n; ++t) {
       const uint64_t all = x[t], r = all - static_cast<uint64_t>((__uint128_t(all) * scale) >> 64) * modulus;
-      out[t * stride + begin] = std::min(r, r - modulus) + shift;  // below zero is above all
+      out[t * H + h] = std::min(r, r - modulus) + shift;  // below zero is above all
     }
   }
-  void reduce_together(const int64_t* x, int64_t n, int64_t begin, int64_t* out, int64_t stride) const {
-    const Doubles scale = load(inverse.data() + begin);
-    const Longs modulus = longs(p.data() + begin), shift = longs(offset.data() + begin);
-    const UnsignedLongs step = (UnsignedLongs)modulus;
-    for (int64_t t = 0; t < n; ++t) {
-      const Longs all = Longs{} + x[t];
-      const Longs quotient = __builtin_convertvector(__builtin_convertvector(all, Doubles) * scale, Longs);
-      UnsignedLongs r = (UnsignedLongs)(all - quotient * modulus);
-      r = r - step < r ? r - step : r;  // below zero is above all
-      const Longs row = (Longs)r + shift;
-      std::memcpy(out + t * stride + begin, &row, sizeof row);
+  // V vectors of each token from the one numbered `first`: a row's cache lines are written one after the other, and
+  // asked for ahead, since what the rows are written to is seldom in cache.
+  template <int V>
+  void reduce_together(const int64_t* mix, int64_t n, int64_t heads, int64_t first, int64_t* out) const {
+    const int64_t H = p.size(), beside = heads / kLongs;
+    const int64_t* x[V];
+    int64_t begin[V];
+    Doubles scale[V];
+    Longs modulus[V], shift[V];
+    for (int v = 0; v < V; ++v) {
+      const int64_t order = (first + v) / beside;
+      x[v] = mix + order * kTokens;
+      begin[v] = order * heads + (first + v) % beside * kLongs;
+      scale[v] = load(inverse.data() + begin[v]);
+      modulus[v] = longs(p.data() + begin[v]);
+      shift[v] = longs(offset.data() + begin[v]);
     }
+    for (int64_t t = 0; t < n; ++t)
+      for (int v = 0; v < V; ++v) {
+        __builtin_prefetch(out + (t + kAhead) * H + begin[v], 1);
+        const Longs all = Longs{} + x[v][t];
+        const Longs quotient = __builtin_convertvector(__builtin_convertvector(all, Doubles) * scale[v], Longs);
+        UnsignedLongs r = (UnsignedLongs)(all - quotient * modulus[v]);
+        const UnsignedLongs less = r - (UnsignedLongs)modulus[v];
+        r = less < r ? less : r;  // below zero is above all
+        const Longs row = (Longs)r + shift[v];
+        std::memcpy(out + t * H + begin[v], &row, sizeof row);
+      }
   }
 };
-
-constexpr int64_t kTokens = 256;  // mixed at a time, so that mixes stay in cache
 
 // Mixes of the N-grams of every order for `n` tokens: mix[o * kTokens + t]. `id` and `kind` (or null) hold their
 // canonical and document ids and, before them, those of the context; what lies before the row is `pad`.
@@ -134,8 +156,7 @@ at::Tensor hash_ngrams(const at::Tensor& ids, const std::optional<at::Tensor>& d
                         ": allowed is 0 to ", n_ids - 1);
       if (document) std::copy(document + b * S + now - before, document + b * S + now + count, near_kind - before);
       mixer(near_id, document ? near_kind : nullptr, count, mix.data());
-      for (int64_t o = 0; o < n_orders; ++o)
-        modulus.reduce(mix.data() + o * kTokens, count, o * heads, (o + 1) * heads, out + n * H, H);
+      modulus.reduce(mix.data(), count, heads, out + n * H);
     }
   });
   return rows;
