@@ -130,6 +130,14 @@ def test_rows_of_a_batch_are_hashed_apart() -> None:
     assert torch.equal(whole, torch.cat(alone))
 
 
+@pytest.mark.parametrize("hash_", [hash_ngrams, hash_ngrams_reference])
+def test_no_heads_read_no_rows(hash_: Any) -> None:
+    load_native()
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    options = {"ordinal": 0, "multipliers": [3, 5], "orders": [2], "past": 0, "pad_id": 2, "eos_id": -1, "n_ids": 9}
+    assert hash_(torch.tensor([[1, 2, 3]]), None, none, none, **options).shape == (1, 3, 0)
+
+
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     moduli, offsets = torch.tensor([[97]]), torch.tensor([[0]])
     arguments = (torch.tensor([[1, 2, 3]]), None, moduli, offsets, 0, [3, 5], [2], 0, 0, -1, 4)

@@ -42,7 +42,7 @@ struct Moduli {
   }
   // out[t * H + h] for every mix[o * kTokens + t] and the heads h of order o.
   void reduce(const int64_t* mix, int64_t n, int64_t heads, int64_t* out) const {
-    const int64_t H = p.size(), beside = large ? heads / kLongs : 0, vectors = beside * (H / heads);
+    const int64_t H = p.size(), beside = large ? heads / kLongs : 0, vectors = beside ? H / heads * beside : 0;
     int64_t v = 0;
     for (; v + 4 <= vectors; v += 4) reduce_together<4>(mix, n, heads, v, out);
     for (; v + 2 <= vectors; v += 2) reduce_together<2>(mix, n, heads, v, out);
