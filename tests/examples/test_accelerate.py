@@ -53,12 +53,12 @@ def train(folder: Path, n: int, script: Path = EXAMPLES / "accelerate_training.p
 def in_float64(folder: Path) -> Path:
     """A script that is the example with another number type, in which sums in another order are the same.
 
-    With an eps of 1e-8 Adam would turn the rounding of gradients that small into steps 1e-9 apart, for some texts.
+    With an eps of 1e-8 Adam would turn the rounding of gradients of that size into steps 1e-9 apart, for some texts.
     """
     script = folder / "in_float64.py"
     script.write_text(f"""
-import argparse, pathlib, sys
-import dataclasses, torch
+import argparse, dataclasses, pathlib, sys
+import torch
 sys.path.insert(0, {str(EXAMPLES)!r})
 import accelerate_training as example
 model_of_config = example.EngramLM
